@@ -1,0 +1,414 @@
+"""Factorization Memory: a recurrent language model whose state is a small table of memory rows.
+
+The method is that of L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language Modeling With Factorization Memory",
+arXiv 2511.00315 (2025). Each layer keeps m rows of d_memory numbers. A token is routed to a few rows (all of them in
+the dense form), writes one vector into them, each row taking a share of it, and reads a mixture of the same rows. The
+state has a fixed size, so the cost of a token does not grow with the text before it.
+
+This file is the whole model, to be read from top to bottom: the recurrence as a loop over the tokens (`scan_loop`, the
+definition), the same in matrix products (`scan_chunked`, for training and prompts), the layer, the block, the language
+model, generation. Training is in train.py, text to tokens in data/prepare.py.
+
+Included: dense and top-k sparse memory, exact for every theta in [0, 1]; state in and out of everything; a step whose
+cost follows k. Not included: attention, position encoding, convolution, gates, heads, a load-balancing loss (the paper
+has none of them in this layer), and GPU kernels.
+
+Glossary. B texts, T tokens, C tokens in a chunk, m rows, k rows chosen per token, d = d_memory.
+
+    symbol     eq.   shape       meaning
+    alpha      4     B T m       memory affinity: how much the token belongs to each row; sums to 1
+    tau        4     number      temperature of the softmax that makes alpha
+    eta        5     B T 1       update rate: how much of itself the token writes
+    mu         6     B T 1       merge rate: how much of the memory it reads
+    theta      7     B T m       update (write) weights, eta alpha
+    phi        8     B T m       merge (read) weights, mu alpha
+    x          9     B T d       input projection (x-bar in the paper): what is written, one vector for all rows
+    h          10    B m d       the memory, or state; h0 before the first token, hT after the last
+    y          11    B T d       what is read (W_o is applied after it, in the layer)
+    gamma      12    B T m       top-k mask of alpha; outside it theta = phi = 0 and a row keeps its value exactly
+
+What the paper leaves open and how it is settled here: initialisation (`FMem.init_weights`); h0 = 0; tied embeddings;
+SwiGLU of width 8/3 d_model; RMS norms with eps 1e-5, no gain in the row norm (W_o would absorb it).
+"""
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+State = list[Tensor]  # one float32 memory [B, m, d_memory] per layer; torch.save keeps it, None stands for all zeros
+
+
+@dataclass
+class FMemConfig:
+    """What a model is made of. Raises ValueError, saying what is wrong, on a value that cannot work."""
+    vocab_size: int = 1025          # number of tokens
+    n_layer: int = 4                # blocks of memory and MLP
+    d_model: int = 256              # width of the residual stream
+    d_memory: int | None = None     # d, width of a memory row; None: d_model
+    n_rows: int = 64                # m, rows of the memory
+    k_rows: int | None = 16         # k, rows that a token writes and reads; None: all of them, the dense form
+    tau: float = 0.125              # temperature of the affinity; the smaller, the sharper and the faster it learns
+    alpha_std: float = 2.0          # standard deviation of the affinity's logits (after tau) at initialisation
+    d_mlp: int | None = None        # hidden width of the MLP; None: 8/3 d_model, rounded up to a multiple of 32
+    dropout: float = 0.0            # on the embedding and on what each layer adds, in training only
+    tie_embeddings: bool = True     # the output layer shares the embedding's weights
+    norm_eps: float = 1e-5          # added to the mean square in every RMS norm, the row norm of eq. 11 included
+    chunk_size: int = 16            # C, tokens per chunk of scan_chunked
+    scan: str = "auto"              # form of the recurrence: "auto", "loop" or "chunked"
+
+    def __post_init__(self):
+        if self.d_memory is None:
+            self.d_memory = self.d_model
+        if self.d_mlp is None:
+            self.d_mlp = -(-8 * self.d_model // (3 * 32)) * 32
+        for name in ("vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "d_mlp", "chunk_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.k_rows is not None and (type(self.k_rows) is not int or not 1 <= self.k_rows <= self.n_rows):
+            raise ValueError(f"k_rows must be from 1 to n_rows ({self.n_rows}), or None for all rows, not {self.k_rows!r}")
+        for name in ("tau", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {value!r}")
+        if not isinstance(self.alpha_std, (int, float)) or not 0 <= self.alpha_std < math.inf:
+            raise ValueError(f"alpha_std must be a number of at least 0, not {self.alpha_std!r}")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, not {self.dropout!r}")
+        if self.chunk_size > MAX_CHUNK:
+            raise ValueError(f"chunk_size must be at most {MAX_CHUNK} (see scan_chunked), not {self.chunk_size}")
+        if self.scan == "kernel":
+            raise ValueError('scan="kernel" does not exist yet; use "auto"')
+        if self.scan not in ("auto", "loop", "chunked"):
+            raise ValueError(f'scan must be "auto", "loop" or "chunked", not {self.scan!r}')
+
+
+# ---------------------------------------------------------------------------------------------------- the recurrence
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least: bf16 cannot tell theta = 0.998 from 1, so weights, norms and states are never narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def scan_loop(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """The memory, token by token: equations 10 and 11 without W_o. This is the definition; it is slow.
+
+        h_t = (1 - theta_t) h_{t-1} + theta_t x_t          eq. 10, each row i with its own theta_t[i]
+        y_t = sum_i phi_t[i] h_t[i] / rms(h_t[i])          eq. 11, rms(v) = sqrt(mean(v^2) + eps)
+
+    theta, phi [B, T, m] in [0, 1]; x [B, T, d]; h0 [B, m, d] or None for zeros.
+    Returns y [B, T, d] in x's dtype and hT [B, m, d] in float32 (float64 if x is). Differentiable in all four inputs.
+    """
+    theta, phi, xs, h = wide(theta), wide(phi), wide(x), initial_state(theta, x, h0)
+    ys = []
+    for t in range(x.shape[1]):
+        h = torch.lerp(h, xs[:, t, None].expand_as(h), theta[:, t, :, None])        # eq. 10
+        q = phi[:, t] * torch.rsqrt(h.square().mean(-1) + eps)                      # read weight over the row's rms
+        ys.append((q[:, None] @ h)[:, 0])                                           # eq. 11
+    return torch.stack(ys, 1).to(x.dtype), h
+
+
+def initial_state(theta: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
+    """h0 in float32 at least, zeros for None. Raises ValueError when the shapes of a scan do not fit."""
+    (B, T, m), d = theta.shape, x.shape[-1]
+    if T == 0 or x.shape[:2] != (B, T):
+        raise ValueError(f"a scan takes theta, phi [B, T, m] and x [B, T, d] with T of at least 1, "
+                         f"not {tuple(theta.shape)} and {tuple(x.shape)}")
+    if h0 is None:
+        return wide(x).new_zeros(B, m, d)
+    if h0.shape != (B, m, d):
+        raise ValueError(f"the state must be {(B, m, d)}, not {tuple(h0.shape)}")
+    return h0.to(wide(x).dtype)
+
+
+# A chunk's decays are ratios of products of its factors 1 - theta. The products and their squares must stay above the
+# smallest float64 (1e-308) even if every factor is TINY, which stands for 0: TINY ** (2 * MAX_CHUNK) = 4e-279.
+TINY, MAX_CHUNK = 2e-9, 16
+
+
+def scan_chunked(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None, eps: float = 1e-5,
+                 chunk_size: int = MAX_CHUNK) -> tuple[Tensor, Tensor]:
+    """scan_loop by matrix products, C = chunk_size tokens at a time: same arguments, same results, any T.
+
+    Fix one row i of one text; theta_t, phi_t, n_t and so on are its numbers, vectors are h_t and x_t. With a = 1 - theta,
+    F_t = a_1 ... a_t and H the row before the chunk, eq. 10 unrolls into what is left of H and of every write s <= t:
+
+        h_t = F_t H + sum_{s <= t} (F_t / F_s) theta_s x_s  =  F_t (H + sum_{s <= t} V_s x_s),      V_s = theta_s / F_s
+
+    F does not depend on h, so without the norm eq. 11 would be plain linear attention: two matrix products per chunk.
+    The norm does not stop this, because of a row it needs one number, the squared length n_t = <h_t, h_t>, and the
+    length follows from inner products that are known before any h_t is. Per unit of F_t, write s lengthens the row by
+
+        V_s U_s,    U_s = 2 <H + sum_{r < s} V_r x_r, x_s> + V_s <x_s, x_s>  =  2 (S_s + sum_{r < s} V_r K_rs) + V_s K_ss
+
+    with S_s = <H, x_s> and K_rs = <x_r, x_s>, the entries of two matrix products. So
+
+        n_t = F_t^2 (<H, H> + sum_{s <= t} V_s U_s)                         the norm, without a row in sight
+        q_t = phi_t / sqrt(n_t / d + eps)                                   the read is linear again once q is known
+        y_t = sum_i q_t F_t H  +  sum_{s <= t} (sum_i q_t F_t V_s) x_s      two matrix products (C x m, C x C)
+        H'  = F_C H + sum_s (F_C V_s) x_s                                   the next chunk's H
+
+    Only H goes from chunk to chunk: T/C states are kept for the gradient, never T. What has no d in it (F, V, n, q: a
+    small part of the work) is float64, so that the ratios F_t / F_s neither overflow nor lose a digit of float32, for
+    every theta from 0 to 1. Where theta = 1, a = 0 is replaced by TINY, too small for float32 to see, in the value only:
+    the gradient passes as if it were not there, and is exact at theta = 1 too. A token with theta = phi = 0 changes
+    nothing, so the last chunk is filled up with such tokens.
+
+    Raises ValueError for shapes that do not fit, RuntimeError on a device without float64 (use scan_loop there).
+    """
+    if x.device.type == "mps":
+        raise RuntimeError('scan_chunked needs float64, which Apple GPUs lack; use scan="loop" or device "cpu"')
+    if not 1 <= chunk_size <= MAX_CHUNK:
+        raise ValueError(f"chunk_size must be from 1 to {MAX_CHUNK}, not {chunk_size}")
+    (B, T, m), d, dtype, device = theta.shape, x.shape[-1], x.dtype, x.device.type
+    h, C = initial_state(theta, x, h0), min(chunk_size, T)
+    theta, phi, x = (F.pad(wide(v), (0, 0, 0, -T % C)).unflatten(1, (-1, C)) for v in (theta, phi, x))  # B N C m or d
+    with torch.autocast(device, enabled=False):
+        # 1. Decays and writes, [B, N, C, m].
+        theta = theta.double()
+        a = 1 - theta
+        a = a + (a.clamp_min(TINY) - a).detach()
+        Ft = a.cumprod(2)
+        V = theta / Ft
+        FC = Ft[:, :, -1:]
+        # 2. The state before each chunk, H [B, N, m, d]: the only loop, over the N chunks.
+        keep, write = FC.mT.to(x.dtype), (FC * V).mT.to(x.dtype) @ x
+        H = []
+        for keep_n, write_n in zip(keep.unbind(1), write.unbind(1), strict=True):
+            H.append(h)
+            h = torch.addcmul(write_n, keep_n, h)
+        H = torch.stack(H, 1)
+        # 3. Lengths of the rows after each token, and with them the read weights, [B, N, C, m].
+        K, S = (x @ x.mT).double(), (x @ H.mT).double()
+        U = 2 * (S + K.tril(-1) @ V) + V * K.diagonal(dim1=-2, dim2=-1)[..., None]
+        n = Ft.square() * (H.square().sum(-1).double()[:, :, None] + (V * U).cumsum(2))
+        q = Ft * phi * torch.rsqrt(n.clamp_min(0) / d + eps)
+        # 4. The read: what is left of H, and of the writes inside the chunk.
+        y = q.to(x.dtype) @ H + (q @ V.mT).tril().to(x.dtype) @ x
+    return y.flatten(1, 2)[:, :T].to(dtype), h
+
+
+def choose_scan(scan: str, device: torch.device | str) -> tuple[str, str]:
+    """The form of the recurrence that `scan` means on a device, "loop" or "chunked", and the reason in words."""
+    if scan != "auto":
+        return scan, "as asked"
+    if torch.device(device).type == "mps":
+        return "loop", "the chunked form needs float64, which Apple GPUs lack"
+    return "chunked", "matrix products, the fastest form here"
+
+
+# --------------------------------------------------------------------------------------------------------- the layer
+
+class FactorizationMemory(nn.Module):
+    """The memory layer, equations 4 to 13. Its input is the block's normalised residual stream."""
+
+    def __init__(self, config: FMemConfig):
+        super().__init__()
+        self.config = config
+        self.W_alpha = nn.Linear(config.d_model, config.n_rows, bias=False)
+        self.w_eta = nn.Linear(config.d_model, 1, bias=False)
+        self.w_mu = nn.Linear(config.d_model, 1, bias=False)
+        self.W_i = nn.Linear(config.d_model, config.d_memory, bias=False)
+        self.W_o = nn.Linear(config.d_memory, config.d_model, bias=False)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where x [..., d_model] goes: theta, phi [..., k] for its rows [..., k]; rows is None if it is all m of them."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.W_alpha.weight.dtype)
+            alpha = torch.softmax(wide(self.W_alpha(x)) / self.config.tau, -1)          # eq. 4
+            eta, mu = torch.sigmoid(wide(self.w_eta(x))), torch.sigmoid(wide(self.w_mu(x)))     # eqs. 5, 6
+            k, rows = self.config.k_rows, None
+            if k is not None and k < self.config.n_rows:
+                alpha, rows = alpha.topk(k, -1)                                         # eq. 12
+                alpha = alpha / alpha.sum(-1, keepdim=True)                             # eq. 13
+            return eta * alpha, mu * alpha, rows                                        # eqs. 7, 8
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, d_model], h [B, m, d_memory] or None -> y [B, T, d_model] and the memory after the last token."""
+        theta, phi, rows = self.route(x)
+        if rows is not None:                            # in training, masked rather than gathered: a chunk of
+            zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)              # tokens meets nearly all rows
+            theta, phi = zeros.scatter(-1, rows, theta), zeros.scatter(-1, rows, phi)
+        xbar = self.W_i(x)                                                              # eq. 9
+        if choose_scan(self.config.scan, x.device)[0] == "loop":
+            y, h = scan_loop(theta, phi, xbar, h, self.config.norm_eps)                 # eqs. 10, 11
+        else:
+            y, h = scan_chunked(theta, phi, xbar, h, self.config.norm_eps, self.config.chunk_size)
+        return self.W_o(y), h
+
+    def step(self, x_t: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One token, x_t [B, d_model] -> y_t [B, d_model] and the memory. In the sparse form only k rows are touched.
+
+        Without gradients (torch.no_grad) h is changed in place and returned; clone it first to keep it.
+        """
+        theta, phi, rows = self.route(x_t)
+        xbar = wide(self.W_i(x_t))[:, None]                                             # eq. 9
+        if h is None:
+            h = xbar.new_zeros(len(x_t), self.config.n_rows, self.config.d_memory)
+        if rows is not None:
+            rows = rows[..., None].expand(-1, -1, h.shape[-1])
+        old = h if rows is None else h.gather(1, rows)
+        new = torch.lerp(old, xbar.expand_as(old), theta[..., None])                    # eq. 10
+        q = phi * torch.rsqrt(new.square().mean(-1) + self.config.norm_eps)
+        y_t = (q[:, None] @ new)[:, 0]                                                  # eq. 11
+        if torch.is_grad_enabled():
+            h = new if rows is None else h.scatter(1, rows, new)
+        else:
+            h = h.copy_(new) if rows is None else h.scatter_(1, rows, new)
+        return self.W_o(y_t.to(x_t.dtype)), h
+
+
+# ----------------------------------------------------------------------------------------------------- block and model
+
+class MLP(nn.Module):
+    """SwiGLU: W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, config: FMemConfig):
+        super().__init__()
+        self.W_gate = nn.Linear(config.d_model, config.d_mlp, bias=False)
+        self.W_up = nn.Linear(config.d_model, config.d_mlp, bias=False)
+        self.W_down = nn.Linear(config.d_mlp, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.W_down(F.silu(self.W_gate(x)) * self.W_up(x))
+
+
+class Block(nn.Module):
+    """LLaMA's block with the memory in attention's place: x + memory(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: FMemConfig):
+        super().__init__()
+        self.memory_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.memory = FactorizationMemory(config)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, d_model], or [B, d_model] for a single step, and the layer's memory -> the same two."""
+        memory = self.memory.step if x.dim() == 2 else self.memory
+        y, h = memory(self.memory_norm(x), h)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.mlp_norm(x))), h
+
+
+class FMem(nn.Module):
+    """The language model: embedding, blocks, norm, output layer."""
+
+    def __init__(self, config: FMemConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.init_weights()
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def init_weights(self):
+        """All of the initialisation; the paper gives none.
+
+        The affinities must start sharp: from flat ones the rows all collect the same average and part only slowly. The
+        input of W_alpha has unit rms, so entries of spread alpha_std tau / sqrt(d_model) give logits of spread alpha_std
+        at every width and tau (the sweep behind the two defaults: results/README.md). eta and mu start at 1/2. Matrices
+        that add to the residual stream are smaller by sqrt(2 n_layer), the number of additions. Gains of the norms are 1.
+        """
+        c = self.config
+        add = 0.02 / math.sqrt(2 * c.n_layer)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.normal_(block.memory.W_alpha.weight, std=c.alpha_std * c.tau / math.sqrt(c.d_model))
+            nn.init.zeros_(block.memory.w_eta.weight)
+            nn.init.zeros_(block.memory.w_mu.weight)
+            nn.init.normal_(block.memory.W_i.weight, std=0.02)
+            nn.init.normal_(block.memory.W_o.weight, std=add)
+            nn.init.normal_(block.mlp.W_gate.weight, std=0.02)
+            nn.init.normal_(block.mlp.W_up.weight, std=0.02)
+            nn.init.normal_(block.mlp.W_down.weight, std=add)
+
+    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Everything but the output layer: tokens [B, T] (or [B], a step) -> [B, T, d_model] (or [B, d_model]), state."""
+        x = self.dropout(self.embed(tokens))
+        new_state = []
+        for block, h in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            x, h = block(x, h)
+            new_state.append(h)
+        return self.norm(x), new_state
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens [B, T] -> logits [B, T, vocab_size] of the token that follows each, and the state after the last.
+
+        state: what an earlier call returned for the text so far, or None at the start; it is not changed. A text may be
+        split anywhere into calls. tokens [B] is one step: logits [B, vocab_size] at a cost that no earlier text raises;
+        without gradients it changes the state in place.
+        """
+        x, state = self.hidden(tokens, state)
+        return self.head(x), state
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, generator: torch.Generator | None = None,
+                 state: State | None = None) -> Iterator[Tensor]:
+        """Continue tokens [B, T], T at least 1: yields one new token [B] at a time, max_new_tokens of them.
+
+        The prompt goes through the chunked form, PREFILL tokens at a time; then every token is one step. temperature 0
+        takes the likeliest token; top_k and top_p restrict the choice (see `sample`). state continues an earlier text
+        and is not changed. When it ends, the generator returns (`value = yield from ...`) the state after all tokens
+        but the last that it made, which is thus the first of the next prompt. Raises ValueError for arguments that
+        cannot work. Call eval() first on a model with dropout.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"generate takes tokens [B, T] with at least one token, not {tuple(tokens.shape)}; "
+                             "<|endoftext|> starts a new text")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a number of at least 0, not {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+        return self._generate(tokens, max_new_tokens, temperature, top_k, top_p, generator, state)
+
+    @torch.no_grad()
+    def _generate(self, tokens, max_new_tokens, temperature, top_k, top_p, generator, state):
+        state = None if state is None else [h.clone() for h in state]
+        for piece in tokens.split(PREFILL, 1):          # a long prompt needs no more memory than a short one
+            x, state = self.hidden(piece, state)
+        logits = self.head(x[:, -1])
+        for i in range(max_new_tokens):
+            if i > 0:
+                logits, state = self(token, state)
+            token = sample(logits, temperature, top_k, top_p, generator)
+            yield token
+        return state
+
+
+PREFILL = 4096  # tokens of a prompt that go through the model at once
+
+
+def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+           generator: torch.Generator | None = None) -> Tensor:
+    """logits [B, vocab_size] -> tokens [B].
+
+    top_k: only the k likeliest tokens. top_p: only the fewest likeliest tokens that together reach probability p (after
+    temperature and top_k). The generator must live on the logits' device.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = wide(logits)
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6)      # the largest is 0: no overflow
+    if top_k is not None and top_k < logits.shape[-1]:
+        kept, where = logits.topk(top_k, -1)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, where, kept)
+    probs = torch.softmax(logits, -1)
+    if top_p is not None and top_p < 1:
+        ordered, where = probs.sort(dim=-1, descending=True, stable=True)
+        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)                  # the first is always kept
+        probs = torch.zeros_like(probs).scatter(-1, where, ordered)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]

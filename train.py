@@ -1,0 +1,576 @@
+"""Train a Factorization Memory language model.
+
+    python train.py                            # picks the device, the preset and the data; prints what and why
+    python train.py --resume                   # goes on where the run in out/ stopped
+    torchrun --nproc_per_node 2 train.py       # data parallel: the same batches, split over the processes
+
+Every field of Settings below is an option, `--name value`. A run writes into --out:
+
+    last.pt   the newest checkpoint      best.pt    the one with the best validation loss
+    log.csv   one row per log line       loss.png   the loss curve, where matplotlib is installed
+
+All that is random in a step is a function of (seed, step, process), so a resumed run continues bit for bit.
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from data import prepare
+from fmem import FMem, FMemConfig, choose_scan
+
+HERE = Path(__file__).resolve().parent
+
+
+def option(default, text):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    """A run. "preset" as a default means: the value of the preset, PRESETS below."""
+    # the run
+    preset: str = option("auto", "values for the fields marked so: gpu, cpu, or auto (by the device)")
+    out: str = option("out", "folder for checkpoints and log")
+    data: str = option(str(prepare.HERE / "default"), "prepared folder (see data/prepare.py); the default one is made when missing")
+    resume: bool = option(False, "continue the run in --out; options given again replace the saved ones")
+    overwrite: bool = option(False, "start anew in a folder that holds a run, which is lost")
+    device: str = option("auto", "cuda, mps, cpu, or auto")
+    dtype: str = option("auto", "bf16 (autocast), float32, or auto: bf16 on a GPU that has it")
+    compile: bool = option(False, "torch.compile; falls back, saying why, where that fails")
+    seed: int = option(1337, "of the weights, the order of the data and dropout")
+    # the model
+    n_layer: int = option("preset", "blocks")
+    d_model: int = option("preset", "width")
+    d_memory: int | None = option(None, "d, width of a memory row (none: d_model)")
+    n_rows: int = option(64, "m, memory rows")
+    k_rows: int | None = option(16, "k, rows a token writes and reads (none: all, the dense form)")
+    tau: float = option(FMemConfig.tau, "temperature of the affinity")
+    alpha_std: float = option(FMemConfig.alpha_std, "spread of the affinity's logits at initialisation")
+    d_mlp: int | None = option(None, "hidden width of the MLP (none: 8/3 d_model)")
+    dropout: float = option("preset", "on the embedding and on what each layer adds")
+    scan: str = option("auto", "form of the recurrence: auto, loop or chunked")
+    # the training
+    context: int = option("preset", "tokens per training window")
+    batch_size: int = option("preset", "windows per step, over all processes")
+    micro_batch: int | None = option(None, "windows per process that go through the model at once (none: all of them)")
+    max_steps: int = option("preset", "optimiser steps")
+    seconds: float | None = option(None, "finish the schedule within this time, if max_steps does not end before")
+    lr: float = option("preset", "peak learning rate of AdamW")
+    min_lr: float = option(0.05, "learning rate at the end, as a share of the peak")
+    warmup: int = option(50, "steps of linear warm-up")
+    beta2: float = option(0.95, "AdamW's second decay rate")
+    weight_decay: float = option(0.1, "AdamW's decay of the matrices")
+    clip: float = option(1.0, "largest norm of the gradient")
+    # the reports
+    log_every: int = option(10, "steps between log lines")
+    eval_every: int = option("preset", "steps between evaluations, each followed by a checkpoint")
+    eval_tokens: int = option(32768, "validation tokens of these evaluations; the one at the end takes all")
+    sample_tokens: int = option(200, "tokens of the text written at the end")
+
+
+PRESETS = {
+    "gpu": dict(n_layer=8, d_model=384, dropout=0.2, context=1024, batch_size=32, max_steps=600, lr=2e-3, eval_every=50),
+    "cpu": dict(n_layer=4, d_model=192, dropout=0.0, context=256, batch_size=8, max_steps=1100, lr=3e-3, eval_every=200),
+}
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+def parse(argv):
+    """argv -> {name: value} of the options given. Exits with one line on an unknown name or a value of another type."""
+    def number(kind):
+        def read(text):
+            value = kind(text)
+            if not -math.inf < value < math.inf:
+                raise ValueError
+            return value
+        read.__name__ = {int: "whole number", float: "number"}[kind]
+        return read
+
+    def optional(kind):
+        def read(text):
+            return None if text.lower() == "none" else number(kind)(text)
+        read.__name__ = f"{number(kind).__name__} (or none)"
+        return read
+
+    kinds = {int: number(int), float: number(float), str: str, int | None: optional(int), float | None: optional(float)}
+    p = argparse.ArgumentParser(prog="train.py", description="Train a Factorization Memory language model.",
+                                allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Settings):
+        shown = f.default
+        if shown == "preset":
+            shown = ", ".join(f"{values[f.name]} on a {name.upper()}" for name, values in PRESETS.items())
+        text = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
+        if f.type is bool:
+            p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            p.add_argument(f"--{f.name}", type=kinds[f.type], metavar=getattr(f.type, "__name__", str(f.type)).upper(), help=text)
+    given, unknown = p.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, [f"--{f.name}" for f in dataclasses.fields(Settings)], 1, 0.5)
+        p.error(f"{name} is not an option" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+    return vars(given)
+
+
+def check(s):
+    """Raises ValueError on settings that cannot work (the model's own are checked by FMemConfig)."""
+    for name in ("context", "batch_size", "max_steps", "log_every", "eval_every", "eval_tokens"):
+        if getattr(s, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(s, name)}")
+    for name in ("lr", "clip", "seconds", "micro_batch"):
+        if getattr(s, name) is not None and getattr(s, name) <= 0:
+            raise ValueError(f"--{name} must be above 0, not {getattr(s, name)}")
+    for name in ("seed", "warmup", "weight_decay", "sample_tokens"):
+        if getattr(s, name) < 0:
+            raise ValueError(f"--{name} must be at least 0, not {getattr(s, name)}")
+    for name, below in (("min_lr", 1.0000001), ("beta2", 1)):
+        if not 0 <= getattr(s, name) < below:
+            raise ValueError(f"--{name} must be from 0 to 1, not {getattr(s, name)}")
+    if s.dtype not in ("auto", "bf16", "float32"):
+        raise ValueError(f"--dtype must be auto, bf16 or float32, not {s.dtype}")
+    if s.resume and s.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+
+
+def pick_device(name, local_rank=0):
+    """-> torch.device, reason. Raises ValueError when it cannot be had."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name, why = (("cuda", "a GPU is here") if cuda else ("mps", "an Apple GPU is here") if mps
+                     else ("cpu", "no GPU is usable here"))
+    else:
+        why = "as asked"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not a device; try cuda, mps or cpu") from None
+    if device.type not in ("cuda", "mps", "cpu") or (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
+        raise ValueError(f"--device {name} cannot be used here; leave it out or take cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
+        torch.cuda.set_device(device)
+        why += f", {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        why += f", {torch.get_num_threads()} threads"
+    return device, why
+
+
+def pick_dtype(name, device):
+    if name != "auto":
+        return (torch.bfloat16 if name == "bf16" else torch.float32), "as asked"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16, "autocast; this GPU has it"
+    return torch.float32, "no fast bf16 on this GPU" if device.type == "cuda" else "bf16 is for NVIDIA GPUs"
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+class Batches:
+    """Training windows of context + 1 tokens. Every epoch cuts the text at another offset and shuffles the windows.
+
+    A batch is a function of (seed, step) alone, so that resuming, or splitting it over processes, changes nothing.
+    """
+
+    def __init__(self, tokens, context, batch_size, seed):
+        slack = len(tokens) - 1 - context
+        if slack < 0:
+            raise ValueError(f"the training text has {len(tokens)} tokens; --context must be below that, not {context}")
+        self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
+        self.offsets = min(context, slack + 1)                      # an epoch starts at one of these tokens
+        self.per_epoch = (len(tokens) - self.offsets) // context    # windows, whatever the offset
+        self.epoch = None
+
+    def start(self, i):
+        """Where window number i of the run begins."""
+        epoch, j = divmod(i, self.per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.offset = epoch, rng.integers(self.offsets)
+            self.order = rng.permutation(self.per_epoch)
+        return self.offset + self.order[j] * self.context
+
+    def __call__(self, step, part=slice(None)):
+        """Windows `part` of the step's batch: int64 [windows, context + 1]."""
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[part]
+        starts = [self.start(i) for i in numbers]
+        return torch.from_numpy(np.stack([self.tokens[a:a + self.context + 1] for a in starts]).astype(np.int64))
+
+
+@torch.no_grad()
+def evaluate(model, tokens, context, sizes, device, amp, limit=None, batch=16, rank=0, world=1):
+    """Mean loss over consecutive windows of `context` tokens, each from an empty memory.
+
+    Returns nats per token and bits per byte of text. limit: only the first so many tokens.
+    """
+    model.eval()
+    tokens = tokens[:limit + 1] if limit else tokens
+    starts = list(range(0, len(tokens) - 1, context))
+    groups = [starts[i:i + batch] for i in range(0, len(starts), batch)]
+    if len(groups[-1]) > 1:                                         # the last window may be shorter: by itself
+        groups[-1:] = [groups[-1][:-1], groups[-1][-1:]]
+    total = torch.zeros(3, dtype=torch.float64)                     # nats, tokens, bytes
+    for group in groups[rank::world]:
+        windows = np.stack([tokens[a:a + context + 1] for a in group]).astype(np.int64)
+        inputs = torch.from_numpy(windows[:, :-1]).to(device)
+        with amp():
+            logits, _ = model(inputs)
+        targets = torch.from_numpy(windows[:, 1:])
+        nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(device), reduction="sum")
+        total += torch.tensor([nats.item(), targets.numel(), sizes[targets.numpy()].sum()], dtype=torch.float64)
+    if world > 1:
+        total = total.to(device if device.type == "cuda" else "cpu")
+        dist.all_reduce(total)
+    nats, count, size = total.tolist()
+    model.train()
+    return nats / count, nats / math.log(2) / max(size, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- the checkpoint
+
+FORMAT = "fmem checkpoint 1"
+
+
+def save_checkpoint(checkpoint, path):
+    """Write beside the target and rename, so that `path` is always a whole checkpoint. Raises OSError."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except RuntimeError as e:                                       # what torch.save makes of a full disk
+        raise OSError(str(e).splitlines()[0]) from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict that `train` saved; no code in the file is run. Raises ValueError, one line, if it is not that."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint.get("format") != FORMAT:
+            raise ValueError("not written by this version of train.py")
+        return checkpoint
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; python train.py makes one") from None
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, AttributeError, KeyError) as e:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(e).splitlines()[0] or type(e).__name__}") from None
+
+
+def model_from(checkpoint, device, **changes):
+    """The trained model of a checkpoint, in evaluation mode; `changes` replace fields of its config (scan, say)."""
+    model = FMem(FMemConfig(**{**checkpoint["config"], **changes})).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------------- the training
+
+def make_optimizer(model, s, device):
+    """AdamW. Decayed: the matrices of the layers. Not decayed: embedding, output layer, and the gains of the norms."""
+    free = {id(p) for module in model.modules() if isinstance(module, torch.nn.RMSNorm) for p in module.parameters()}
+    free |= {id(model.embed.weight), id(model.head.weight)}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in free], "weight_decay": s.weight_decay},
+              {"params": [p for p in model.parameters() if id(p) in free], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=device.type in ("cuda", "cpu"))
+
+
+def learning_rate(s, step, progress):
+    """Linear warm-up over s.warmup steps, cosine to s.min_lr; progress is the share of the run that is done, 0 to 1."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+    return s.lr * min(1, (step + 1) / (s.warmup + 1)) * (s.min_lr + (1 - s.min_lr) * cosine)
+
+
+def try_compile(model, batch, amp, say):
+    """torch.compile, tried out on one batch; the model itself, with the reason, where that fails."""
+    compiled = torch.compile(model)
+    try:
+        with amp():
+            compiled(batch)[0].sum().backward()
+    except Exception as e:                                          # whatever a compiler can raise
+        say(f"compile   no: {type(e).__name__}: {str(e).strip().splitlines()[0][:160]}")
+        compiled = model
+    else:
+        say("compile   yes")
+    model.zero_grad(set_to_none=True)
+    return compiled
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
+
+    def __enter__(self):
+        self.signal, self.before = None, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):                   # not in the main thread: no handlers
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """log.csv. On resume the rows after the checkpoint are dropped: those steps are done again."""
+    columns = ("step", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second", "val_loss", "val_bpb")
+
+    def __init__(self, path, step):
+        self.rows = []
+        if step and path.is_file():
+            with open(path, newline="", encoding="utf-8") as f:
+                self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
+        self.file = open(path, "w", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, self.columns, lineterminator="\n")
+        self.writer.writeheader()
+        self.writer.writerows(self.rows)
+
+    def write(self, **row):
+        row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+        self.rows.append(row)
+        self.writer.writerow(row)
+        self.file.flush()
+
+    def draw(self, path):
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            return
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for column, style in (("train_loss", "-"), ("val_loss", "o-")):
+            points = [(int(r["step"]), float(r[column])) for r in self.rows if r.get(column)]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=column.replace("_", " "), linewidth=1)
+        axes.set(xlabel="step", ylabel="nats per token")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+        plt.close(figure)
+
+
+def settle(given, device, saved=None):
+    """Settings from, each over the one before: defaults, preset, the resumed run, the command line."""
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = (saved or {}).get("preset", "gpu" if device.type == "cuda" else "cpu")
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be gpu, cpu or auto, not {preset}")
+    kept = {k: v for k, v in (saved or {}).items() if k not in ("resume", "overwrite", "device", "dtype", "compile", "out")}
+    s = Settings(**{**PRESETS[preset], **kept, **given, "preset": preset})
+    check(s)
+    return s
+
+
+def train(given):
+    """Run `given` ({name: value} of Settings). Returns the last checkpoint, or None on processes other than the first.
+
+    Raises ValueError or OSError, one line, on anything the user can mend.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+
+    def say(*words, **how):
+        if rank == 0:
+            print(*words, **how, flush=True)
+
+    torch.set_flush_denormal(True)                      # sharp routing makes denormal decays, 3.5 times slower on a CPU
+    device, why_device = pick_device(given.get("device", "auto"), local_rank)
+    out = Path(given.get("out", Settings.out))
+    checkpoint, saved = None, None
+    if given.get("resume"):
+        if not (out / "last.pt").is_file():
+            raise ValueError(f"--resume: there is no {out / 'last.pt'}; leave --resume out to start a run")
+        checkpoint = load_checkpoint(out / "last.pt")
+        saved = checkpoint["settings"]
+    s = settle(given, device, saved)
+    dtype, why_dtype = pick_dtype(s.dtype, device)
+    if not s.resume and not s.overwrite and (out / "last.pt").exists():
+        raise ValueError(f"{out} holds a run; --resume continues it, --out DIR starts another, --overwrite replaces it")
+    if s.batch_size % world:
+        raise ValueError(f"--batch_size {s.batch_size} cannot be split evenly over {world} processes")
+    local = s.batch_size // world
+    micro = min(s.micro_batch or local, local)
+    if local % micro:
+        raise ValueError(f"--micro_batch {micro} must divide the {local} windows that a process has")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    out.mkdir(parents=True, exist_ok=True)
+
+    if rank == 0 and Path(s.data) == prepare.HERE / "default" and not (Path(s.data) / "meta.json").is_file():
+        prepare.prepare()
+    if world > 1:
+        dist.barrier()
+    train_tokens, val_tokens, fields, meta = prepare.load(s.data)
+    enc = prepare.load_tokenizer(fields)
+    sizes = prepare.token_bytes(enc)
+    if len(val_tokens) < 2:
+        raise ValueError(f"the validation split of {s.data} has only {len(val_tokens)} token")
+    bits_per_byte = meta["train"]["tokens"] / meta["train"]["bytes"] / math.log(2)      # of the training loss
+    batches = Batches(train_tokens, s.context, s.batch_size, s.seed)
+
+    names = {f.name for f in dataclasses.fields(FMemConfig)}
+    config = FMemConfig(vocab_size=enc.n_vocab, **{k: v for k, v in dataclasses.asdict(s).items() if k in names})
+    step, elapsed_before, best = 0, 0.0, math.inf
+    if checkpoint:
+        same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("scan", "dropout", "chunk_size")}
+        differs = [k for k in same if checkpoint["config"][k] != same[k]]
+        if differs or checkpoint["tokenizer"] != fields:
+            what = f"--{differs[0]}" if differs else "the tokenizer of --data"
+            raise ValueError(f"--resume: {what} is not that of the run in {out}; start another with --out DIR")
+        step, elapsed_before, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
+    torch.manual_seed(s.seed)
+    model = FMem(config).to(device)
+    optimizer = make_optimizer(model, s, device)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+
+    def amp():
+        return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+    n_params = sum(p.numel() for p in model.parameters())
+    say(f"device    {device} ({why_device})\ndtype     {str(dtype)[6:]} ({why_dtype})")
+    say("scan      {} ({})".format(*choose_scan(config.scan, device)))
+    say(f"data      {meta['corpus']}: {meta['train']['bytes']:,} bytes, {len(train_tokens):,} tokens to train on")
+    say("settings  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(s).items()))
+    say(f"model     {n_params:,} parameters; d_memory={config.d_memory} d_mlp={config.d_mlp} vocab_size={config.vocab_size}")
+    say(f"batch     {s.batch_size} windows of {s.context} tokens = {s.batch_size * s.context:,} tokens per step, "
+        f"{batches.per_epoch / s.batch_size:.1f} steps per epoch")
+    if s.resume:
+        say(f"resumed   {out / 'last.pt'} after step {step}")
+    net = try_compile(model, batches(0)[:micro, :-1].to(device), amp, say) if s.compile else model
+    if world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net)
+
+    log = Log(out / "log.csv", step) if rank == 0 else None
+    start = last_time = time.perf_counter()
+    smooth, pending, last_step = None, [], step
+
+    def snapshot():
+        return {"format": FORMAT, "config": dataclasses.asdict(config), "settings": dataclasses.asdict(s),
+                "tokenizer": fields, "corpus": meta["corpus"], "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "step": step, "best": best,
+                "seconds": elapsed_before + time.perf_counter() - start,
+                # all that the order of the data and every random draw to come depend on
+                "random": {"seed": s.seed, "next_step": step, "next_window": step * s.batch_size}}
+
+    def validate(limit, name):
+        nonlocal best
+        loss, bpb = evaluate(model, val_tokens, s.context, sizes, device, amp, limit, rank=rank, world=world)
+        say(f"{name:9s} step {step}: validation {loss:.4f} nats per token, {bpb:.4f} bits per byte")
+        if rank == 0:
+            better, best = loss < best, min(loss, best)
+            log.write(step=step, tokens=step * s.batch_size * s.context, seconds=elapsed_before + time.perf_counter() - start,
+                      val_loss=loss, val_bpb=bpb)
+            for path in [out / "last.pt"] + [out / "best.pt"] * better:
+                save_checkpoint(snapshot(), path)
+        return loss, bpb
+
+    with Stop() as stop:
+        while True:
+            # Every process must take the same decision: the first one's clock and anybody's signal count.
+            elapsed = elapsed_before + time.perf_counter() - start
+            progress, stopped = max(step / s.max_steps, elapsed / s.seconds if s.seconds else 0), bool(stop.signal)
+            if world > 1:
+                word = torch.tensor([progress if rank == 0 else 0.0, float(stopped)], dtype=torch.float64, device=device)
+                dist.all_reduce(word)
+                progress, stopped = word[0].item(), word[1].item() > 0
+            if progress >= 1 or stopped:
+                break
+            lr = learning_rate(s, step, progress)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank]).generate_state(1)[0]))   # dropout
+            mine = batches(step, slice(rank * local, (rank + 1) * local))
+            for windows in mine.split(micro):
+                windows = windows.to(device, non_blocking=True)
+                last = windows is mine
+                with contextlib.nullcontext() if world == 1 or last else contextlib.nullcontext():
+                    with amp():
+                        logits, _ = net(windows[:, :-1])
+                        loss = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+                    (loss * len(windows) / local).backward()
+                pending.append(loss.detach() * len(windows) / local)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if step % s.log_every == 0 or step == s.max_steps:
+                mean = torch.stack(pending).sum() / (step - last_step)
+                if world > 1:
+                    dist.all_reduce(mean)
+                mean, now = mean.item() / world, time.perf_counter()
+                smooth = mean if smooth is None else 0.8 * smooth + 0.2 * mean
+                speed = (step - last_step) * s.batch_size * s.context / (now - last_time)
+                share = max(step / s.max_steps, (elapsed_before + now - start) / s.seconds if s.seconds else 0)
+                left = (elapsed_before + now - start) * (1 - share) / share
+                say(f"step {step}/{s.max_steps} | loss {smooth:.4f} | {smooth * bits_per_byte:.3f} bits/byte | lr {lr:.2e} | "
+                    f"grad {norm.item():.2f} | {speed:,.0f} tokens/s | {left:.0f} s left")
+                if rank == 0:
+                    log.write(step=step, tokens=step * s.batch_size * s.context, seconds=elapsed_before + now - start,
+                              train_loss=mean, lr=lr, grad_norm=norm.item(), tokens_per_second=speed)
+                pending, last_step, last_time = [], step, now
+            if step % s.eval_every == 0 and step < s.max_steps:
+                validate(s.eval_tokens, "eval")
+                last_time = time.perf_counter()
+    if stopped:
+        if rank == 0:
+            save_checkpoint(snapshot(), out / "last.pt")
+        say(f"stopped   after step {step}, saved; python train.py --resume{'' if out == Path('out') else f' --out {out}'} goes on")
+    else:
+        validate(None, "final")
+        if rank == 0:
+            log.draw(out / "loss.png")
+            write_sample(model, enc, s.sample_tokens, device)
+            say(f"done      {elapsed_before + time.perf_counter() - start:.0f} s; best validation loss {best:.4f} nats per token; "
+                f"python sample.py writes more")
+    if world > 1:
+        dist.destroy_process_group()
+    return snapshot() if rank == 0 else None
+
+
+def write_sample(model, enc, n, device):
+    model.eval()
+    generator = torch.Generator(device).manual_seed(0)
+    prompt = torch.tensor([[enc.eot_token]], device=device)
+    tokens = [t.item() for t in model.generate(prompt, n, 0.8, top_p=0.95, generator=generator)]
+    print("sample    " + enc.decode(tokens, errors="replace").replace("\n", "\n          "), flush=True)
+
+
+def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a console that cannot show a character must not end a run
+    given = parse(argv)
+    try:
+        train(given)
+    except (ValueError, OSError) as e:
+        sys.exit(f"train.py: error: {e}")
+
+
+if __name__ == "__main__":
+    main()
