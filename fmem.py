@@ -163,7 +163,7 @@ def scan_chunked(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None
         raise RuntimeError('scan_chunked needs float64, which Apple GPUs lack; use scan="loop" or device "cpu"')
     if not 1 <= chunk_size <= MAX_CHUNK:
         raise ValueError(f"chunk_size must be from 1 to {MAX_CHUNK}, not {chunk_size}")
-    (B, T, m), d, dtype, device = theta.shape, x.shape[-1], x.dtype, x.device.type
+    T, d, dtype, device = x.shape[1], x.shape[-1], x.dtype, x.device.type
     h, C = initial_state(theta, x, h0), min(chunk_size, T)
     theta, phi, x = (F.pad(wide(v), (0, 0, 0, -T % C)).unflatten(1, (-1, C)) for v in (theta, phi, x))  # B N C m or d
     with torch.autocast(device, enabled=False):
@@ -295,6 +295,9 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x))), h
 
 
+EMBED_STD, INIT_STD = 0.06, 1.0  # spread of the embedding; gain of the matrices (see FMem.init_weights)
+
+
 class FMem(nn.Module):
     """The language model: embedding, blocks, norm, output layer."""
 
@@ -315,22 +318,27 @@ class FMem(nn.Module):
 
         The affinities must start sharp: from flat ones the rows all collect the same average and part only slowly. The
         input of W_alpha has unit rms, so entries of spread alpha_std tau / sqrt(d_model) give logits of spread alpha_std
-        at every width and tau (the sweep behind the two defaults: results/README.md). eta and mu start at 1/2. Matrices
-        that add to the residual stream are smaller by sqrt(2 n_layer), the number of additions. Gains of the norms are 1.
+        at every width and tau. eta and mu start at 1/2. Every other matrix has spread INIT_STD / sqrt(inputs), and those
+        that add to the residual stream a further 1 / sqrt(2 n_layer), the number of additions. Gains of norms are 1.
+        The sweep behind the constants is in results/README.md.
         """
         c = self.config
-        add = 0.02 / math.sqrt(2 * c.n_layer)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
+
+        def init(weight, scale=INIT_STD):
+            nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]))
+
+        add = INIT_STD / math.sqrt(2 * c.n_layer)
+        nn.init.normal_(self.embed.weight, std=EMBED_STD)
+        nn.init.normal_(self.head.weight, std=EMBED_STD)
         for block in self.blocks:
-            nn.init.normal_(block.memory.W_alpha.weight, std=c.alpha_std * c.tau / math.sqrt(c.d_model))
+            init(block.memory.W_alpha.weight, c.alpha_std * c.tau)
             nn.init.zeros_(block.memory.w_eta.weight)
             nn.init.zeros_(block.memory.w_mu.weight)
-            nn.init.normal_(block.memory.W_i.weight, std=0.02)
-            nn.init.normal_(block.memory.W_o.weight, std=add)
-            nn.init.normal_(block.mlp.W_gate.weight, std=0.02)
-            nn.init.normal_(block.mlp.W_up.weight, std=0.02)
-            nn.init.normal_(block.mlp.W_down.weight, std=add)
+            init(block.memory.W_i.weight)
+            init(block.memory.W_o.weight, add)
+            init(block.mlp.W_gate.weight)
+            init(block.mlp.W_up.weight)
+            init(block.mlp.W_down.weight, add)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Everything but the output layer: tokens [B, T] (or [B], a step) -> [B, T, d_model] (or [B, d_model]), state."""
@@ -381,11 +389,11 @@ class FMem(nn.Module):
         for piece in tokens.split(PREFILL, 1):          # a long prompt needs no more memory than a short one
             x, state = self.hidden(piece, state)
         logits = self.head(x[:, -1])
-        for i in range(max_new_tokens):
-            if i > 0:
-                logits, state = self(token, state)
+        for left in reversed(range(max_new_tokens)):
             token = sample(logits, temperature, top_k, top_p, generator)
             yield token
+            if left:
+                logits, state = self(token, state)
         return state
 
 

@@ -46,7 +46,7 @@ class Settings:
     # the run
     preset: str = option("auto", "values for the fields marked so: gpu, cpu, or auto (by the device)")
     out: str = option("out", "folder for checkpoints and log")
-    data: str = option(str(prepare.HERE / "default"), "prepared folder (see data/prepare.py); the default one is made when missing")
+    data: str = option(str(prepare.HERE / "default"), "prepared folder; the default one is made when missing")
     resume: bool = option(False, "continue the run in --out; options given again replace the saved ones")
     overwrite: bool = option(False, "start anew in a folder that holds a run, which is lost")
     device: str = option("auto", "cuda, mps, cpu, or auto")
@@ -273,7 +273,7 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; python train.py makes one") from None
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, AttributeError, KeyError) as e:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(e).splitlines()[0] or type(e).__name__}") from None
+        raise ValueError(f"{path} cannot be read as a checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 
 def model_from(checkpoint, device, **changes):
@@ -343,7 +343,7 @@ class Log:
         if step and path.is_file():
             with open(path, newline="", encoding="utf-8") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
-        self.file = open(path, "w", newline="", encoding="utf-8")
+        self.file = open(path, "w", newline="", encoding="utf-8")      # noqa: SIM115 (open for the whole run)
         self.writer = csv.DictWriter(self.file, self.columns, lineterminator="\n")
         self.writer.writeheader()
         self.writer.writerows(self.rows)
@@ -427,7 +427,7 @@ def train(given):
         dist.barrier()
     train_tokens, val_tokens, fields, meta = prepare.load(s.data)
     enc = prepare.load_tokenizer(fields)
-    sizes = prepare.token_bytes(enc)
+    sizes = np.array([len(piece) for piece in prepare.token_strings(enc)])
     if len(val_tokens) < 2:
         raise ValueError(f"the validation split of {s.data} has only {len(val_tokens)} token")
     bits_per_byte = meta["train"]["tokens"] / meta["train"]["bytes"] / math.log(2)      # of the training loss
@@ -507,10 +507,10 @@ def train(given):
                 group["lr"] = lr
             torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank]).generate_state(1)[0]))   # dropout
             mine = batches(step, slice(rank * local, (rank + 1) * local))
-            for windows in mine.split(micro):
-                windows = windows.to(device, non_blocking=True)
-                last = windows is mine
-                with contextlib.nullcontext() if world == 1 or last else contextlib.nullcontext():
+            parts = mine.to(device).split(micro)
+            for i, windows in enumerate(parts):
+                # gradients of several parts add up here before the processes exchange them
+                with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else net.no_sync():
                     with amp():
                         logits, _ = net(windows[:, :-1])
                         loss = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
@@ -541,14 +541,14 @@ def train(given):
     if stopped:
         if rank == 0:
             save_checkpoint(snapshot(), out / "last.pt")
-        say(f"stopped   after step {step}, saved; python train.py --resume{'' if out == Path('out') else f' --out {out}'} goes on")
+        where = "" if out == Path("out") else f" --out {out}"
+        say(f"stopped   after step {step}, saved; python train.py --resume{where} goes on")
     else:
         validate(None, "final")
         if rank == 0:
             log.draw(out / "loss.png")
             write_sample(model, enc, s.sample_tokens, device)
-            say(f"done      {elapsed_before + time.perf_counter() - start:.0f} s; best validation loss {best:.4f} nats per token; "
-                f"python sample.py writes more")
+            say(f"done      {elapsed_before + time.perf_counter() - start:.0f} s; python sample.py writes more")
     if world > 1:
         dist.destroy_process_group()
     return snapshot() if rank == 0 else None
@@ -558,8 +558,9 @@ def write_sample(model, enc, n, device):
     model.eval()
     generator = torch.Generator(device).manual_seed(0)
     prompt = torch.tensor([[enc.eot_token]], device=device)
-    tokens = [t.item() for t in model.generate(prompt, n, 0.8, top_p=0.95, generator=generator)]
-    print("sample    " + enc.decode(tokens, errors="replace").replace("\n", "\n          "), flush=True)
+    pieces = prepare.token_strings(enc)
+    text = b"".join(pieces[token.item()] for token in model.generate(prompt, n, 0.8, top_p=0.95, generator=generator))
+    print("sample    " + text.decode("utf-8", "replace").replace("\n", "\n          "), flush=True)
 
 
 def main(argv=None):

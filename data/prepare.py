@@ -121,12 +121,12 @@ def tokenizer_hash(fields):
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).digest()
 
 
-def token_bytes(enc):
-    """int64 [n_vocab]: how many bytes of text each token stands for; 0 for special tokens and unused numbers."""
-    sizes = np.zeros(enc.n_vocab, dtype=np.int64)
+def token_strings(enc):
+    """The text, in bytes, of each token number below enc.n_vocab: none for special tokens and unused numbers."""
+    strings = [b""] * enc.n_vocab
     for token, rank in enc._mergeable_ranks.items():
-        sizes[rank] = len(token)
-    return sizes
+        strings[rank] = token
+    return strings
 
 
 # -------------------------------------------------------------------------------------------------- files of tokens
@@ -198,8 +198,8 @@ def checked(data, sha256, what):
 def clean_play(markdown, name):
     """One play of the wheel in the layout of tiny shakespeare: `NAME:`, the speech, an empty line.
 
-    Headings and stage directions go; a speech that a direction interrupted is one speech; empty speeches go, and so does the play's own name
-    (as the file `name` writes it) where it stands as a line of a page's head.
+    Headings and stage directions go; a speech that a direction interrupted is one speech; empty speeches go, and so
+    does the play's own name (as the file `name` writes it) where it stands as a line, from the head of a printed page.
     """
     text = markdown.replace("\\", "")                                            # escapes
     text = re.sub(r"^#.*$", "", text, flags=re.M)                                # play, act and scene

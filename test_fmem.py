@@ -1,0 +1,893 @@
+"""The tests: python -m pytest. No network, no GPU, about a minute on two cores.
+
+The recurrence is held against the paper's equations written out in float64 (`reference`), everything faster against the
+loop, the programs against their own promises. Where a tolerance is not obvious its reason stands beside it.
+"""
+import contextlib
+import csv
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+import torch.nn.functional as F
+
+import fmem
+import sample as sample_py
+import train as train_py
+from data import prepare
+from fmem import FactorizationMemory, FMem, FMemConfig, scan_chunked, scan_loop
+
+HERE = Path(__file__).resolve().parent
+torch.set_flush_denormal(True)
+torch.manual_seed(0)
+
+# Two ways to round the same float64 sum differ by about 1e-16 per operation; a few hundred operations follow each other.
+EXACT = 1e-12
+
+
+def error(got, want, floor=1e-30):
+    """Relative root mean square error; floor: what the size of `want` counts for at least, where it may be zero."""
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(floor)).item()
+
+
+def tiny(**changes):
+    return FMemConfig(**{**dict(vocab_size=50, n_layer=2, d_model=16, d_memory=24, n_rows=8, k_rows=3, tau=0.5), **changes})
+
+
+def scan_inputs(B=2, T=37, m=6, d=10, sharp=3.0, ends=True, h0=True, sparse=None, seed=0):
+    """theta, phi, x, h0 in float64, from values that float32 holds exactly. ends: with theta of exactly 0 and 1."""
+    g = torch.Generator().manual_seed(seed)
+    alpha = torch.softmax(torch.randn(B, T, m, generator=g) * sharp, -1)
+    if sparse:
+        top, rows = alpha.topk(sparse, -1)
+        alpha = torch.zeros_like(alpha).scatter(-1, rows, top / top.sum(-1, keepdim=True))
+    theta = torch.sigmoid(torch.randn(B, T, 1, generator=g) * sharp) * alpha
+    phi = torch.sigmoid(torch.randn(B, T, 1, generator=g)) * alpha
+    if ends:
+        theta[0, ::7, 0] = 1.0
+        theta[-1, T // 2:T // 2 + 20, 1] = 1.0              # many in a row, over the end of a chunk
+        theta[-1, ::5] = 0.0
+        theta[0, -1, -1] = 1 - 2**-24                       # the largest float32 below 1
+    x = torch.randn(B, T, d, generator=g)
+    h = torch.randn(B, m, d, generator=g) if h0 else None
+    return [v if v is None else v.double() for v in (theta, phi, x, h)]
+
+
+def with_gradients(scan, inputs, dtype=torch.float64, **options):
+    """[y, hT, gradients of all inputs] of a random linear function of y and hT."""
+    leaves = [v if v is None else v.to(dtype).detach().requires_grad_() for v in inputs]
+    y, hT = scan(*leaves, **options)
+    g = torch.Generator().manual_seed(1)
+    weigh = [torch.randn(v.shape, generator=g, dtype=torch.float64).to(dtype) for v in (y, hT)]
+    grads = torch.autograd.grad((y * weigh[0]).sum() + (hT * weigh[1]).sum(), [v for v in leaves if v is not None])
+    return [y, hT, *grads]
+
+
+# -------------------------------------------------------------------------------------------------------- recurrence
+
+def reference(layer, x, h):
+    """Equations 4 to 13 as the paper writes them, in float64, one text, token and row at a time."""
+    c = layer.config
+    W = {name: p.detach().double() for name, p in layer.named_parameters()}
+    ys = []
+    for x_t in x:
+        logits = W["W_alpha.weight"] @ x_t / c.tau
+        alpha = torch.exp(logits - logits.max()) / torch.exp(logits - logits.max()).sum()       # 4
+        eta = 1 / (1 + torch.exp(-(W["w_eta.weight"] @ x_t)))                                   # 5
+        mu = 1 / (1 + torch.exp(-(W["w_mu.weight"] @ x_t)))                                     # 6
+        if c.k_rows:
+            gamma = torch.zeros(c.n_rows, dtype=torch.float64)                                  # 12
+            gamma[sorted(range(c.n_rows), key=lambda i: -alpha[i])[:c.k_rows]] = 1
+            alpha = gamma * alpha / (gamma * alpha).sum()                                       # 13
+        theta, phi = eta * alpha, mu * alpha                                                    # 7, 8
+        xbar = W["W_i.weight"] @ x_t                                                            # 9
+        h = torch.diag(1 - theta) @ h + torch.outer(theta, xbar)                                # 10
+        norm = torch.stack([row / math.sqrt(sum(v * v for v in row.tolist()) / len(row) + c.norm_eps) for row in h])
+        ys.append(W["W_o.weight"] @ (norm.T @ phi))                                             # 11
+    return torch.stack(ys), h
+
+
+@pytest.mark.parametrize("scan", ["loop", "chunked"])
+@pytest.mark.parametrize("k_rows", [None, 1, 3])
+def test_layer_is_the_papers_equations(scan, k_rows):
+    layer = FactorizationMemory(tiny(k_rows=k_rows, scan=scan)).double()
+    x, h = torch.randn(2, 21, 16, dtype=torch.float64), torch.randn(2, 8, 24, dtype=torch.float64)
+    y, hT = layer(x, h)
+    for b in range(2):
+        want_y, want_h = reference(layer, x[b], h[b])
+        assert error(y[b], want_y) < 1e-7 and error(hT[b], want_h) < 1e-7   # k = 1: theta = eta < 1, no TINY involved
+
+
+@pytest.mark.parametrize("h0", [True, False])
+@pytest.mark.parametrize("sharp, sparse", [(0.0, None), (3.0, None), (30.0, None), (3.0, 2), (3.0, 1)])
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 53])
+def test_chunked_is_the_loop(T, sharp, sparse, h0):
+    """Outputs, last state and all gradients, theta of exactly 0 and 1 included."""
+    inputs = scan_inputs(T=T, sharp=sharp, sparse=sparse, h0=h0)
+    want = with_gradients(scan_loop, inputs)
+    # TINY = 2e-9 stands for 0, which is what float64 sees; its gradient divides rounding errors by it
+    assert all(error(g, w) < 1e-7 for g, w in zip(with_gradients(scan_chunked, inputs), want, strict=True))
+    # in float32: the project's bar, about 20 roundings of 2^-24
+    got = with_gradients(scan_chunked, inputs, torch.float32)
+    assert [g.dtype for g in got] == [torch.float32] * len(got)
+    assert all(error(g, w) < 2e-6 for g, w in zip(got, want, strict=True)), [error(g, w) for g, w in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 8, 16])
+def test_chunked_to_rounding_inside_the_interval(chunk_size):
+    inputs = scan_inputs(T=50, sharp=1.0, ends=False)
+    got, want = (with_gradients(f, inputs, **o) for f, o in ((scan_chunked, {"chunk_size": chunk_size}), (scan_loop, {})))
+    assert all(error(g, w) < EXACT for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_chunked_where_every_theta_is_an_end(value):
+    """theta = 1 everywhere: each row is the last x, and the largest powers of TINY occur. theta = 0: nothing moves."""
+    theta, phi, x, h0 = scan_inputs(T=40, ends=False)
+    inputs = [torch.full_like(theta, value), phi, x, h0]
+    want = with_gradients(scan_loop, inputs)
+    for dtype in (torch.float64, torch.float32):
+        got = with_gradients(scan_chunked, inputs, dtype)
+        assert all(torch.isfinite(g).all() for g in got)        # erased: h0's gradient is 0, or what TINY leaves of it
+        assert all(error(g, w, floor=0.1) < 2e-6 for g, w in zip(got, want, strict=True))
+
+
+def test_chunked_when_rows_cancel():
+    """A write that cancels a row makes its length the small difference of large numbers; the norm must not lose it."""
+    theta, phi, x, h0 = scan_inputs(T=32, ends=False)
+    x[:, 1::2] = -x[:, ::2]
+    theta[:] = 0.5
+    want = with_gradients(scan_loop, [theta, phi, x, h0])
+    got = with_gradients(scan_chunked, [theta, phi, x, h0], torch.float32)
+    assert all(error(g, w) < 2e-6 for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("scan", [scan_loop, scan_chunked])
+def test_gradcheck(scan):
+    """Against finite differences. theta keeps away from the ends by more than their step of 1e-6."""
+    theta, phi, x, h0 = scan_inputs(B=1, T=19, m=3, d=4, ends=False)
+    inputs = [v.requires_grad_() for v in (theta.clamp(1e-3, 1 - 1e-3), phi, x, h0)]
+    assert torch.autograd.gradcheck(scan, inputs)
+
+
+@pytest.mark.parametrize("scan", [scan_loop, scan_chunked])
+def test_scan_works_on_strided_inputs_and_leaves_them_alone(scan):
+    theta, phi, x, h0 = scan_inputs(T=20)
+    strided = [theta.mT.contiguous().mT, phi.mT.contiguous().mT, x.mT.contiguous().mT, h0.mT.contiguous().mT]
+    before = [v.clone() for v in strided]
+    want, got = scan(theta, phi, x, h0), scan(*strided)
+    assert all(error(g, w) < EXACT for g, w in zip(got, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(strided, before, strict=True))
+
+
+def test_chunked_stores_no_state_per_token():
+    B, T, m, d = 1, 256, 16, 128
+    stored = []
+    inputs = [v.float().requires_grad_() for v in scan_inputs(B=B, T=T, m=m, d=d)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: stored.append(v) or v, lambda v: v):
+        scan_chunked(*inputs)
+    size = sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in stored}.values())
+    assert size < B * T * m * d * 4 / 2                         # everything together, against one float32 per T m d
+    assert max(v.numel() for v in stored) == B * T * m * d // 16    # the largest: one state per chunk
+
+
+@pytest.mark.parametrize("scan", [scan_loop, scan_chunked])
+def test_scan_says_what_does_not_fit(scan):
+    theta, phi, x, h0 = scan_inputs(T=5)
+    with pytest.raises(ValueError, match="T of at least 1"):
+        scan(theta[:, :0], phi[:, :0], x[:, :0], h0)
+    with pytest.raises(ValueError, match="B, T, m"):
+        scan(theta[:, :3], phi[:, :3], x, h0)
+    with pytest.raises(ValueError, match="the state must be"):
+        scan(theta, phi, x, h0[:, 1:])
+
+
+# ------------------------------------------------------------------------------------------------------ layer and model
+
+def test_k_equal_m_is_dense():
+    dense, sparse = FMem(tiny(k_rows=None)).double(), FMem(tiny(k_rows=8)).double()
+    sparse.load_state_dict(dense.state_dict())
+    tokens = torch.randint(50, (2, 30))
+    for got, want in zip(sparse(tokens)[1] + [sparse(tokens)[0]], dense(tokens)[1] + [dense(tokens)[0]], strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_step_touches_only_k_rows(grad):
+    layer = FactorizationMemory(tiny(k_rows=3))
+    h = torch.randn(5, 8, 24)
+    h[:, :, 0] = 7.0
+    before = h.clone()
+    with torch.set_grad_enabled(grad):
+        _, after = layer.step(torch.randn(5, 16), h)
+    assert ((after != before).any(-1).sum(-1) == 3).all()
+    assert (after.data_ptr() == h.data_ptr()) is not grad       # in place without gradients, on a copy with them
+    assert torch.equal(h, before) is grad
+
+
+def test_a_row_outside_the_top_k_keeps_its_value_exactly():
+    layer = FactorizationMemory(tiny(k_rows=1))
+    x, h = torch.randn(1, 1, 16), torch.randn(1, 8, 24)
+    rows = layer.route(x)[2].flatten().tolist()
+    after = layer(x, h)[1]
+    assert [i for i in range(8) if not torch.equal(after[0, i], h[0, i])] == rows
+
+
+@pytest.mark.parametrize("scan", ["loop", "chunked"])
+def test_causality(scan):
+    """Change token t: nothing before it moves, and it itself does."""
+    model = FMem(tiny(scan=scan)).double()
+    tokens = torch.randint(50, (1, 40))
+    before = model(tokens)[0]
+    for t in (0, 15, 16, 39):
+        changed = tokens.clone()
+        changed[0, t] = (tokens[0, t] + 1) % 50
+        moved = (model(changed)[0] - before).abs().amax(-1)[0]
+        assert moved[:t].max().item() < EXACT if t else True    # the whole chunk is computed anew: rounding may differ
+        assert (moved[t:] > 1e-9).all()
+
+
+@pytest.mark.parametrize("k_rows", [None, 3])
+def test_full_pass_is_split_anywhere_is_step_by_step(k_rows):
+    model = FMem(tiny(k_rows=k_rows)).double()
+    tokens = torch.randint(50, (2, 37))
+    want, want_state = model(tokens)
+    for cut in (1, 15, 16, 17, 36):
+        first, state = model(tokens[:, :cut])
+        second, state = model(tokens[:, cut:], state)
+        assert error(torch.cat([first, second], 1), want) < EXACT
+        assert all(error(g, w) < EXACT for g, w in zip(state, want_state, strict=True))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            steps, state = [], None
+            for t in range(37):
+                logits, state = model(tokens[:, t], state)
+                steps.append(logits)
+        assert error(torch.stack(steps, 1), want) < EXACT
+        assert all(error(g, w) < EXACT for g, w in zip(state, want_state, strict=True))
+
+
+def test_forward_does_not_change_the_state_it_is_given():
+    model, tokens = FMem(tiny()), torch.randint(50, (1, 20))
+    with torch.no_grad():
+        _, state = model(tokens)
+        before = [h.clone() for h in state]
+        model(tokens, state)
+        list(model.generate(tokens, 5, state=state))
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+
+
+@pytest.mark.parametrize("k_rows", [None, 3])
+def test_gradients_through_step(k_rows):
+    """The sum of step losses has the gradients of the full pass, in every parameter."""
+    model = FMem(tiny(k_rows=k_rows)).double()
+    tokens = torch.randint(50, (2, 20))
+    weigh = torch.randn(2, 20, 50, dtype=torch.float64)
+    want = torch.autograd.grad((model(tokens)[0] * weigh).sum(), list(model.parameters()))
+    total, state = 0, None
+    for t in range(20):
+        logits, state = model(tokens[:, t], state)
+        total = total + (logits * weigh[:, t]).sum()
+    got = torch.autograd.grad(total, list(model.parameters()))
+    for (name, _), g, w in zip(model.named_parameters(), got, want, strict=True):
+        assert error(g, w) < 1e-10, name                        # sums of 20 steps, once forwards, once backwards
+
+
+def test_initialisation():
+    config = FMemConfig(vocab_size=4000, d_model=256, n_layer=8, n_rows=64, tau=0.125, alpha_std=3.0)
+    torch.manual_seed(0)
+    model = FMem(config)
+    block = model.blocks[3]
+    small = fmem.INIT_STD / math.sqrt(256)                      # 256 inputs
+    add = small / math.sqrt(16)                                 # 8 layers, two additions each
+    for name, weight, std in [("embed", model.embed.weight, fmem.EMBED_STD), ("W_i", block.memory.W_i.weight, small),
+                              ("W_o", block.memory.W_o.weight, add), ("W_gate", block.mlp.W_gate.weight, small),
+                              ("W_up", block.mlp.W_up.weight, small),
+                              ("W_alpha", block.memory.W_alpha.weight, 3.0 * 0.125 / 16)]:
+        # 16,384 numbers or more: their standard deviation is known to 0.6 %; five times that
+        assert weight.std().item() == pytest.approx(std, rel=0.03), name
+        assert abs(weight.mean().item()) < 0.05 * std, name
+    assert block.mlp.W_down.weight.std().item() == pytest.approx(add * math.sqrt(256 / config.d_mlp), rel=0.03)
+    assert not block.memory.w_eta.weight.any() and not block.memory.w_mu.weight.any()
+    assert all((n.weight == 1).all() for n in model.modules() if isinstance(n, torch.nn.RMSNorm))
+    assert model.head.weight is model.embed.weight
+    x = F.rms_norm(torch.randn(512, 256), (256,))               # what init_weights promises of the logits
+    assert (block.memory.W_alpha(x) / 0.125).std().item() == pytest.approx(3.0, rel=0.05)
+    half = torch.full((512,), 0.5)
+    assert all(torch.allclose(v.sum(-1), half) for v in block.memory.route(x)[:2])
+    untied = FMem(tiny(tie_embeddings=False))
+    assert untied.head.weight is not untied.embed.weight
+
+
+def test_dtypes_under_autocast(monkeypatch):
+    """Routing weights, norms and states stay float32 and unrounded under bf16; products of matrices are bf16."""
+    model, seen = FMem(tiny()), []
+    scan = scan_chunked
+    monkeypatch.setattr(fmem, "scan_chunked", lambda *a: seen.append(a) or scan(*a))
+    tokens = torch.randint(50, (2, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, state = model(tokens)
+        step_logits, step_state = model(tokens[:, 0], state)
+    assert logits.dtype == step_logits.dtype == torch.bfloat16
+    for theta, phi, x, *_ in seen:
+        assert theta.dtype == phi.dtype == torch.float32 and x.dtype == torch.bfloat16
+    assert all(h.dtype == torch.float32 for h in state + step_state)
+    x = torch.randn(2, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.blocks[0].memory.route(x)
+    assert all(torch.equal(a, b) for a, b in zip(rounded, model.blocks[0].memory.route(x), strict=True))
+    theta, phi, xs, h0 = (v.bfloat16().float() for v in scan_inputs(ends=False))
+    got, want = scan(theta, phi, xs.bfloat16(), h0), scan(theta, phi, xs, h0)   # bf16 x is widened, y rounded once
+    assert torch.equal(got[0], want[0].bfloat16()) and torch.equal(got[1], want[1])
+    assert FMem(tiny()).bfloat16()(tokens)[1][0].dtype == torch.float32         # also where the model itself is bf16
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    model = FMem(tiny(n_layer=2, d_model=32, d_memory=32))
+    tokens = torch.randint(50, (4, 33))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = F.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1                                    # it begins at log 50 = 3.9
+
+
+@pytest.mark.parametrize("field, value", [
+    ("vocab_size", 0), ("n_layer", -1), ("d_model", 2.5), ("n_rows", 0), ("k_rows", 9), ("k_rows", 0), ("tau", 0),
+    ("tau", math.nan), ("tau", math.inf), ("dropout", 1.0), ("norm_eps", 0), ("alpha_std", -1), ("chunk_size", 17),
+    ("chunk_size", 0), ("scan", "kernel"), ("scan", "fast"), ("d_mlp", "wide"), ("d_memory", True)])
+def test_config_says_what_is_wrong(field, value):
+    with pytest.raises(ValueError, match=field):
+        tiny(**{field: value})
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+def counts(n=4000, **choice):
+    """How often each of five tokens is drawn from known logits, as shares."""
+    logits = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log().expand(n, -1)
+    drawn = fmem.sample(logits, generator=torch.Generator().manual_seed(0), **choice)
+    return (torch.bincount(drawn, minlength=5) / n).tolist()
+
+
+def test_sample_on_known_logits():
+    near = dict(abs=0.03)                                       # 4,000 draws: standard deviation at most 0.008
+    assert counts() == pytest.approx([0.4, 0.3, 0.15, 0.1, 0.05], **near)
+    assert counts(temperature=0) == [1, 0, 0, 0, 0]
+    assert counts(temperature=1e-30) == [1, 0, 0, 0, 0]
+    assert counts(top_k=1) == [1, 0, 0, 0, 0]
+    assert counts(top_k=2) == pytest.approx([4 / 7, 3 / 7, 0, 0, 0], **near)
+    assert counts(top_k=99) == counts()
+    assert counts(top_p=1e-9) == [1, 0, 0, 0, 0]
+    assert counts(top_p=0.6) == pytest.approx([4 / 7, 3 / 7, 0, 0, 0], **near)
+    assert counts(top_p=0.75) == pytest.approx([0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0], **near)
+    assert counts(top_p=1.0) == counts()
+    hot = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).sqrt()
+    assert counts(temperature=2.0) == pytest.approx((hot / hot.sum()).tolist(), **near)
+    assert counts(temperature=0.5, top_k=3, top_p=0.9) == pytest.approx([16 / 25, 9 / 25, 0, 0, 0], **near)
+    equal = torch.zeros(500, 4)                                 # ties: still exactly k
+    assert len(set(fmem.sample(equal, top_k=2).tolist())) == 2
+
+
+def test_generate():
+    torch.manual_seed(0)
+    model = FMem(tiny())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)                                           # logits that differ
+    prompt = torch.randint(50, (2, 23))
+
+    def run(n, **options):
+        return torch.stack(list(model.generate(prompt, n, **options)), 1)
+
+    greedy, tokens = run(12, temperature=0), prompt
+    for _ in range(12):                                         # the slow way: the whole text anew for every token
+        tokens = torch.cat([tokens, model(tokens)[0][:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(greedy, tokens[:, 23:])
+    seeded = [run(12, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(seeded[0], seeded[1]) and not torch.equal(seeded[0], seeded[2])
+    assert list(model.generate(prompt, 0)) == []
+
+
+def test_generate_continues_from_its_state(monkeypatch):
+    model, prompt = FMem(tiny()), torch.randint(50, (1, 40))
+    whole = [t.item() for t in model.generate(prompt, 20, temperature=0)]
+
+    def first_part():
+        nonlocal state
+        state = yield from model.generate(prompt, 8, temperature=0)
+
+    state = None
+    parts = [t.item() for t in first_part()]
+    parts += [t.item() for t in model.generate(torch.tensor([parts[-1:]]), 12, temperature=0, state=state)]
+    assert parts == whole
+    monkeypatch.setattr(fmem, "PREFILL", 7)                     # a prompt in pieces is the same prompt
+    assert [t.item() for t in model.generate(prompt, 20, temperature=0)] == whole
+
+
+@pytest.mark.parametrize("wrong", [dict(tokens=torch.tensor([[]], dtype=torch.long)), dict(tokens=torch.tensor([1, 2])),
+                                   dict(max_new_tokens=-1), dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0),
+                                   dict(top_p=0.0), dict(top_p=1.1)])
+def test_generate_says_what_is_wrong(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):    # at the call, not at the first token
+        FMem(tiny()).generate(**{**dict(tokens=torch.tensor([[1]]), max_new_tokens=1), **wrong})
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+WORDS = "the memory of a river keeps the water that went by, über naïve façades – 東京 🙂 1905".split()
+EVERY_KIND = "a\r\n\tb   c'll 12,345\x00\x1b[31m " + "".join(map(chr, range(0x80, 0x250))) + " 東京 🙂🙃 \U0010ffff"
+
+
+def some_text(n, seed=0):
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) + rng.choice(["", "", ",", ".\n"]) for _ in range(n))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small prepared folder."""
+    out = tmp_path_factory.mktemp("data") / "corpus"
+    documents = {f"doc{i}": some_text(700, seed=i) for i in range(12)}
+    prepare.prepare(out, documents, corpus="a test corpus", vocab_size=300)
+    return out
+
+
+def slow_bpe(text, vocab_size):
+    """Byte-pair encoding as it is defined: count every pair of the whole text anew for every merge."""
+    words = [[bytes([b]) for b in w.encode()] for w in regex.findall(prepare.GPT2_PATTERN, text)]
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size:
+        pairs = Counter(pair for w in words for pair in itertools.pairwise(w))
+        if not pairs:
+            break
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        ranks.setdefault(best[0] + best[1], len(ranks))
+        for w in words:
+            i = 0
+            while i < len(w) - 1:
+                if (w[i], w[i + 1]) == best:
+                    w[i:i + 2] = [best[0] + best[1]]
+                i += 1
+    return ranks
+
+
+@pytest.mark.parametrize("text", [some_text(300), "aaaaaaaaab aaaa ababababab bbbb aaaaa", "x", ""])
+def test_bpe_is_its_definition(text):
+    assert prepare.train_bpe([text], 320) == slow_bpe(text, 320)
+
+
+def test_tokenizer_keeps_any_text(corpus):
+    _, _, fields, _ = prepare.load(corpus)
+    enc = prepare.load_tokenizer(json.loads(json.dumps(fields)))
+    for text in ("", EVERY_KIND, some_text(50), "<|endoftext|>"):
+        tokens = enc.encode_ordinary(text)
+        assert enc.decode(tokens) == text and enc.eot_token not in tokens
+    pieces = prepare.token_strings(enc)
+    assert all(bytes([b]) in pieces for b in range(256))        # so any bytes at all can be written
+    assert b"".join(pieces[t] for t in enc.encode_ordinary(EVERY_KIND)) == EVERY_KIND.encode()
+    assert pieces[enc.eot_token] == b"" and len(pieces) == enc.n_vocab == 301
+    assert prepare.dump_tokenizer(enc) == fields
+
+
+def test_prepared_folder(corpus):
+    train, val, fields, meta = prepare.load(corpus)
+    enc = prepare.load_tokenizer(fields)
+    assert meta["train"]["documents"] == [f"doc{i}" for i in range(10)] and len(meta["val"]["documents"]) == 2
+    for tokens, name, first in ((train, "train", 0), (val, "val", 10)):
+        texts = enc.decode(tokens.tolist()).split("<|endoftext|>")
+        assert texts.pop() == "" and len(texts) == len(meta[name]["documents"])
+        assert texts[0] == some_text(700, seed=first) or texts[0] == some_text(700, seed=11)
+        assert len(tokens) == meta[name]["tokens"] and tokens.dtype == np.uint16
+
+
+def test_split():
+    whole = prepare.split({"a": "0123456789" * 10})
+    assert list(whole["train"].values()) == ["0123456789" * 9] and list(whole["val"].values()) == ["0123456789"]
+    three = prepare.split({"a": "x" * 50, "b": "y" * 45, "c": "z" * 5})
+    assert list(three["train"]) == ["a"] and list(three["val"]) == ["b", "c"]
+    named = prepare.split({"a": "x", "b": "y"}, ["a"])
+    assert list(named["train"]) == ["b"] and list(named["val"]) == ["a"]
+    for empty in ({}, {"a": "x"}):
+        with pytest.raises(prepare.DataError):
+            prepare.split(empty)
+
+
+def test_wide_vocabularies_take_four_bytes(tmp_path):
+    prepare.write_tokens(tmp_path / "t.bin", [[1, 2], [70000]], 70001, bytes(32))
+    assert prepare.read_tokens(tmp_path / "t.bin").tolist() == [1, 2, 70000]
+
+
+def test_token_file_errors_name_the_command(tmp_path):
+    path = tmp_path / "train.bin"
+    prepare.write_tokens(path, [[1, 2, 3]], 300, b"t" * 32)
+    good = path.read_bytes()
+    assert prepare.read_tokens(path, b"t" * 32).tolist() == [1, 2, 3]
+    cases = {"does not exist": None, "not a file of tokens": b"hello", "is damaged": good[:-1], "damaged": good + b"x",
+             "has version 9": good[:8] + b"\x09" + good[9:], "is not a file": b"\0" * 64}
+    for message, content in cases.items():
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(prepare.DataError, match=f"{message}.*run: python data/prepare.py"):
+            prepare.read_tokens(path)
+    path.write_bytes(good)
+    with pytest.raises(prepare.DataError, match="another tokenizer"):
+        prepare.read_tokens(path, b"u" * 32)
+    with pytest.raises(prepare.DataError, match="not a prepared folder.*python data/prepare.py"):
+        prepare.load(tmp_path)
+
+
+def test_prepare_never_replaces_a_folder_unasked(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(prepare.DataError, match="--overwrite"):
+        prepare.prepare(tmp_path / "out", {"a": some_text(99)}, corpus="x", vocab_size=260)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+    assert os.listdir(tmp_path) == ["out"]                      # nothing half-made is left behind
+
+
+def test_plays_are_cleaned():
+    markdown = ("# The Play\n\n## ACT I\n\n_Enter ROMEO,\nand others_\n\n**ROMEO**  \n_[Aside]_  \nBut soft!  what\\ light "
+                "_[To\nher]_ \nbreaks\n\n_Exit_\n\n**A MAN**  \n_Dies_\n\n**ROMEO**  \nAnd\n\n_Music_\n\nso on.\nTHE PLAY\n")
+    assert prepare.clean_play(markdown, "the-play") == "ROMEO:\nBut soft! what light\nbreaks\n\nROMEO:\nAnd\nso on.\n"
+
+
+def test_without_network_the_standard_library_is_the_corpus(tmp_path, monkeypatch, capsys):
+    def unreachable(*args, **options):
+        raise OSError("no network")
+    monkeypatch.setattr(prepare.subprocess, "run", unreachable)
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", unreachable)
+    meta = prepare.prepare(tmp_path / "out", vocab_size=300)
+    said = capsys.readouterr().out
+    assert "standard library" in meta["corpus"] and "standard library" in said and said.count("cannot be had here") == 2
+    assert 0.02 < meta["val"]["bytes"] / meta["train"]["bytes"] < 0.3
+
+
+def test_prepare_command(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, HERE / "data/prepare.py", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    zero = tmp_path / "0.txt"
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(some_text(200, seed=i), encoding="utf-8")
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    done = run("--input", zero, tmp_path / "1.txt", "--val", tmp_path / "2.txt", "--out", tmp_path / "o", "--vocab_size", 280)
+    assert done.returncode == 0, done.stderr
+    assert prepare.load(tmp_path / "o")[3]["val"]["documents"] == [str(tmp_path / "2.txt")]
+    for arguments, message in [(["--input", tmp_path / "bad.txt"], "not UTF-8"),
+                               (["--input", tmp_path / "no.txt"], "No such file"),
+                               (["--input", zero, "--vocab_size", 9, "--out", tmp_path / "p"], "256 "),
+                               (["--input", zero, "--tokenizer", "nonsense", "--out", tmp_path / "p"], "nonsense"),
+                               (["--input", zero, "--out", tmp_path / "o"], "--overwrite")]:
+        done = run(*arguments)
+        assert done.returncode != 0 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "p").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+def settings(corpus, out, **more):
+    return {**dict(data=str(corpus), out=str(out), device="cpu", n_layer=1, d_model=16, n_rows=8, k_rows=2, context=24,
+                   batch_size=4, max_steps=20, eval_every=5, eval_tokens=100, log_every=1, sample_tokens=3, warmup=2,
+                   dropout=0.1), **more}
+
+
+def log_rows(out, column):
+    with open(Path(out) / "log.csv", newline="", encoding="utf-8") as f:
+        return [(int(r["step"]), float(r[column])) for r in csv.DictReader(f) if r[column]]
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="session")
+def run20(corpus, tmp_path_factory):
+    """A run of 20 steps that nothing interrupts."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train_py.train(settings(corpus, out))
+
+
+# Ten training losses of the run above. They change only if the model, its initialisation, the data order or the
+# optimiser does; a new PyTorch may round otherwise, hence 1e-4.
+FIRST_LOSSES = []
+
+
+def test_first_losses(run20):
+    losses = [loss for _, loss in log_rows(run20[0], "train_loss")][:10]
+    assert losses == pytest.approx(FIRST_LOSSES, abs=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resume_is_bit_for_bit(number, corpus, run20, tmp_path, monkeypatch):
+    """20 steps = 10, a signal, a resume, 10: weights, optimiser, log, dropout included."""
+    batch = train_py.Batches.__call__
+
+    def interrupting(self, step, *part):
+        if step == 9:
+            signal.raise_signal(number)
+        return batch(self, step, *part)
+
+    given = settings(corpus, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_py.Batches, "__call__", interrupting)
+        assert train_py.train(given)["step"] == 10
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    resumed = train_py.train({"out": given["out"], "resume": True})
+    whole = run20[1]
+    for part in ("model", "optimizer", "config", "tokenizer", "best", "random"):
+        assert same(resumed[part], whole[part]), part
+    for column in ("train_loss", "val_loss", "lr", "grad_norm"):
+        assert log_rows(given["out"], column) == log_rows(run20[0], column)
+    assert same(train_py.load_checkpoint(run20[0] / "last.pt")["model"], whole["model"])
+
+
+def test_best_checkpoint_is_the_best(run20):
+    out, last = run20
+    losses = dict(log_rows(out, "val_loss"))
+    best = train_py.load_checkpoint(out / "best.pt")
+    assert losses[best["step"]] == pytest.approx(min(losses.values())) == pytest.approx(last["best"], rel=1e-5)
+    assert sorted(p.name for p in out.iterdir() if p.suffix != ".png") == ["best.pt", "last.pt", "log.csv"]
+
+
+def test_a_run_never_overwrites_another(corpus, run20, tmp_path):
+    shutil.copytree(run20[0], tmp_path / "out")
+    given = settings(corpus, tmp_path / "out", max_steps=1)
+    before = (tmp_path / "out/last.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a run.*--resume.*--out.*--overwrite"):
+        train_py.train(given)
+    assert (tmp_path / "out/last.pt").read_bytes() == before
+    with pytest.raises(ValueError, match="--d_model is not that of the run"):
+        train_py.train({"out": given["out"], "resume": True, "d_model": 32})
+    assert train_py.train({**given, "overwrite": True})["step"] == 1
+
+
+def test_a_failed_save_keeps_the_last_checkpoint(run20, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train_py.save_checkpoint(run20[1], path)
+    before = path.read_bytes()
+
+    def full_disk(checkpoint, f):
+        f.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        train_py.save_checkpoint(run20[1], path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_damaged_checkpoints_are_refused_in_one_line(run20, tmp_path):
+    whole = (run20[0] / "last.pt").read_bytes()
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"model": {}}, foreign)
+    evil = tmp_path / "evil.pt"
+    torch.save({"format": train_py.FORMAT, "model": Evil()}, evil)
+    contents = {"cut": whole[:len(whole) // 2], "empty": b"", "text": b"hello", "foreign": foreign.read_bytes(),
+                "evil": evil.read_bytes()}
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as e:
+            train_py.load_checkpoint(path)
+        assert name in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="does not exist"):
+        train_py.load_checkpoint(tmp_path / "nothing.pt")
+    assert not Evil.ran
+
+
+class Evil:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Evil, "ran", True)
+
+
+@pytest.mark.parametrize("n, context", [(1000, 24), (25, 24), (49, 24), (30, 1)])
+def test_batches_cover_the_text_once_per_epoch(n, context):
+    batches = train_py.Batches(np.arange(n, dtype=np.uint16), context, 3, seed=1)
+    steps = math.ceil(2 * batches.per_epoch / 3)
+    windows = torch.cat([batches(step) for step in range(steps)])
+    assert (windows == windows[:, :1] + torch.arange(context + 1)).all()        # each a piece of the text
+    for epoch in range(2):
+        targets = windows[epoch * batches.per_epoch:(epoch + 1) * batches.per_epoch, 1:].flatten().tolist()
+        assert len(set(targets)) == len(targets) >= n - 2 * context             # no token twice, few left out
+    again = train_py.Batches(np.arange(n, dtype=np.uint16), context, 3, seed=1)
+    assert torch.equal(again(steps - 1), batches(steps - 1))                    # a step does not depend on those before
+    assert torch.equal(torch.cat([again(0, slice(0, 1)), again(0, slice(1, 3))]), batches(0))
+    if n > 100:
+        assert not torch.equal(train_py.Batches(batches.tokens, context, 3, seed=2)(0), batches(0))
+
+
+def test_batches_need_enough_text():
+    with pytest.raises(ValueError, match="--context"):
+        train_py.Batches(np.arange(24), 24, 1, 0)
+
+
+def test_evaluate_counts_every_token_once(corpus):
+    _, val, fields, _ = prepare.load(corpus)
+    enc = prepare.load_tokenizer(fields)
+    sizes = np.array([len(piece) for piece in prepare.token_strings(enc)])
+    model = FMem(tiny(vocab_size=enc.n_vocab)).eval()
+    val = val[:130]                                             # five windows of 24 and a last one of 9
+    loss, bpb = train_py.evaluate(model, val, 24, sizes, torch.device("cpu"), contextlib.nullcontext, batch=2)
+    nats = 0.0
+    for a in range(0, 129, 24):
+        window = torch.from_numpy(val[a:a + 25].astype(np.int64))
+        nats += F.cross_entropy(model(window[None, :-1])[0][0], window[1:], reduction="sum").item()
+    assert loss == pytest.approx(nats / 129, rel=1e-5)
+    text = enc.decode([t for t in val[1:].tolist() if t != enc.eot_token], errors="surrogateescape")
+    size = sum(len(enc.decode_single_token_bytes(t)) for t in val[1:].tolist() if t != enc.eot_token)
+    assert text and bpb == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert model.training                                       # as the training loop expects it
+
+
+def test_learning_rate():
+    s = train_py.Settings(**{**train_py.PRESETS["cpu"], "lr": 1.0, "warmup": 9, "min_lr": 0.1})
+    assert [train_py.learning_rate(s, i, 0) for i in range(11)] == pytest.approx([min(1, (i + 1) / 10) for i in range(11)])
+    assert train_py.learning_rate(s, 100, 0.5) == pytest.approx(0.55)
+    assert train_py.learning_rate(s, 100, 1.0) == train_py.learning_rate(s, 100, 1.5) == pytest.approx(0.1)
+
+
+def test_weight_decay_groups():
+    model = FMem(tiny())
+    s = train_py.Settings(**train_py.PRESETS["cpu"])
+    decayed, free = train_py.make_optimizer(model, s, torch.device("cpu")).param_groups
+    name = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    names = sorted(name[id(p)].split(".")[-2] for p in free["params"])
+    assert names == ["embed", "memory_norm", "memory_norm", "mlp_norm", "mlp_norm", "norm"]
+    assert len(decayed["params"]) == 2 * 8 and len(free["params"]) == len(name) - 2 * 8
+
+
+def test_seconds_finishes_the_schedule(corpus, tmp_path):
+    done = train_py.train(settings(corpus, tmp_path / "out", max_steps=10**6, seconds=1.5, eval_every=10**5))
+    assert 1.5 <= done["seconds"] < 10 and 5 < done["step"] < 10**5
+    rates = [lr for _, lr in log_rows(tmp_path / "out", "lr")]
+    assert rates[-1] < 0.1 * max(rates)                         # the cosine has come down to its end of 0.05
+
+
+def test_gradient_accumulation_changes_nothing(corpus, tmp_path):
+    runs = [train_py.train(settings(corpus, tmp_path / str(n), micro_batch=n, max_steps=5, dropout=0.0)) for n in (1, 4)]
+    for a, b in zip(runs[0]["model"].values(), runs[1]["model"].values(), strict=True):
+        assert error(a, b) < 1e-4                               # float32 sums in another order, through AdamW's square root
+
+
+def test_two_processes_train_like_one(corpus, tmp_path):
+    given = settings(corpus, tmp_path / "one", max_steps=6, eval_every=3, dropout=0.0)
+    one = train_py.train(given)
+    options = [w for k, v in given.items() if k != "out" for w in (f"--{k}", str(v))]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           str(HERE / "train.py"), "--out", str(tmp_path / "two"), *options],
+                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    two = train_py.load_checkpoint(tmp_path / "two/last.pt")
+    for column in ("train_loss", "val_loss"):
+        want = [(step, pytest.approx(value, rel=1e-5)) for step, value in log_rows(tmp_path / "one", column)]
+        assert log_rows(tmp_path / "two", column) == want
+    for a, b in zip(two["model"].values(), one["model"].values(), strict=True):
+        assert error(a, b) < 1e-4                               # as for gradient accumulation
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--learning_rate", "1"], "--learning_rate is not an option"), (["--nrows", "4"], "did you mean --n_rows?"),
+    (["--max_steps", "many"], "whole number"), (["--lr", "nan"], "number"), (["--max_steps", "0"], "--max_steps must be"),
+    (["--k_rows", "99"], "k_rows must be"), (["--device", "gpu"], "not a device"),
+    (["--context", "99999999"], "--context must be"),
+    (["--data", "nowhere"], "not a prepared folder"), (["--resume"], "there is no"), (["--scan", "kernel"], "not exist yet"),
+    (["--micro_batch", "3"], "--micro_batch"), (["--preset", "tpu"], "--preset must be"), (["--seed", "-1"], "--seed must be"),
+    (["--dtype", "int8"], "--dtype must be")])
+def test_train_command_says_what_is_wrong(options, message, corpus, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        train_py.main(["--data", str(corpus), "--out", str(tmp_path / "out"), "--device", "cpu", *options])
+    said = str(e.value) if isinstance(e.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code not in (0, None) and message in said and "\n" not in said
+    assert not (tmp_path / "out/last.pt").exists()
+
+
+def test_compile_falls_back(corpus, tmp_path, monkeypatch, capsys):
+    def broken(model):
+        def fail(*a):
+            raise RuntimeError("no compiler here")
+        return fail
+    monkeypatch.setattr(torch, "compile", broken)
+    assert train_py.train(settings(corpus, tmp_path / "out", max_steps=2, compile=True))["step"] == 2
+    assert "compile   no: RuntimeError: no compiler here" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ sample.py
+
+def test_sample_command(run20, tmp_path):
+    (tmp_path / "prompt.txt").write_text("über 東京", encoding="utf-8")
+
+    def run(*arguments, text=None):
+        return subprocess.run([sys.executable, HERE / "sample.py", "--max_new_tokens", "8", *arguments], input=text,
+                              cwd=tmp_path, capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
+    assert "python train.py makes one" in run().stderr          # no run here yet
+    shutil.copytree(run20[0], tmp_path / "out")                 # the checkpoint alone is enough
+    plain = run()
+    assert plain.returncode == 0 and "tokens/s" in plain.stderr, plain.stderr
+    prompts = [run("--prompt", "über 東京"), run("--prompt", "FILE:prompt.txt"), run("--prompt", "-", text="über 東京")]
+    assert prompts[0].stdout.startswith("über 東京") and len({p.stdout for p in prompts}) == 1
+    assert run("--seed", "2").stdout != run("--seed", "3").stdout == run("--seed", "3").stdout
+    assert run("--num_samples", "2", "--seed", "2").stdout.startswith(run("--seed", "2").stdout.rstrip("\n"))
+    for arguments, message in [(["--temperature", "-1"], "temperature"), (["--top_p", "2"], "top_p"), (["--top_k", "0"], "top_k"),
+                               (["--max_new_tokens", "-5"], "max_new_tokens"), (["--prompt", "FILE:none"], "none"),
+                               (["--checkpoint", "none.pt"], "none.pt"), (["--num_samples", "0"], "num_samples")]:
+        done = run(*arguments)
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_stream_never_cuts_a_character(corpus, capsys):
+    """A model that says given bytes one token at a time: characters appear whole, what is no UTF-8 as U+FFFD."""
+    enc = prepare.load_tokenizer(prepare.load(corpus)[2])
+    said = "é東🙂".encode() + b"\xff" + b"a\x1b[2J"
+
+    class Parrot:
+        def generate(self, tokens, **_):
+            for b in said:
+                yield torch.tensor([enc.encode_single_token(bytes([b]))])
+                shown = capsys.readouterr().out
+                assert "\ufffd" not in shown or b in (0xff, 0x1b, 0x61), shown
+                self.shown = getattr(self, "shown", "") + shown
+
+    parrot = Parrot()
+    made, _ = sample_py.stream(parrot, enc, "", "cpu", 0)
+    assert parrot.shown == "é東🙂\ufffda\ufffd[2J" and made == len(said) - 1
+
+
+# --------------------------------------------------------------------------------------------------------------- README
+
+def test_readme_code_runs(run20, corpus, tmp_path, monkeypatch):
+    """Every python block runs as written; every command of ours runs with its options, made short by more of them."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    shutil.copytree(run20[0], tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    blocks = re.findall(r"```sh\n(.*?)```", readme, flags=re.S)
+    commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    ours = [c.split("&&")[-1].split() for c in commands if re.search(r"python (train|sample|data/prepare)\.py|torchrun", c)]
+    assert len(ours) >= 5
+    (tmp_path / "mine.txt").write_text(some_text(200), encoding="utf-8")
+    short = {"train.py": ["--data", str(corpus), "--max_steps", "2", "--n_layer", "1", "--d_model", "16", "--context", "16",
+                          "--batch_size", "2", "--sample_tokens", "2", "--device", "cpu"],
+             "sample.py": ["--checkpoint", "out/best.pt", "--max_new_tokens", "3"],
+             "prepare.py": ["--out", "prepared", "--overwrite", "--vocab_size", "260", "--input", "mine.txt"]}
+    for i, words in enumerate(ours):
+        at = next(j for j, w in enumerate(words) if w.endswith(".py"))
+        script = Path(words[at]).name
+        module = {"train.py": train_py, "sample.py": sample_py, "prepare.py": prepare}[script]
+        extra = short[script]
+        if script == "train.py":
+            extra = extra + ["--out", f"run{i}"]
+            if "--resume" in words:
+                shutil.copytree("out", f"run{i}")
+                extra = ["--out", f"run{i}", "--max_steps", "21"]
+        module.main(words[at + 1:] + extra)
