@@ -50,8 +50,8 @@ class FMemConfig:
     d_memory: int | None = None     # d, width of a memory row; None: d_model
     n_rows: int = 64                # m, rows of the memory
     k_rows: int | None = 16         # k, rows that a token writes and reads; None: all of them, the dense form
-    tau: float = 0.125              # temperature of the affinity; the smaller, the sharper and the faster it learns
-    alpha_std: float = 2.0          # standard deviation of the affinity's logits (after tau) at initialisation
+    tau: float = 0.25               # temperature of the affinity; the smaller, the faster the routing learns
+    alpha_std: float = 1.0          # standard deviation of the affinity's logits (after tau) at initialisation
     d_mlp: int | None = None        # hidden width of the MLP; None: 8/3 d_model, rounded up to a multiple of 32
     dropout: float = 0.0            # on the embedding and on what each layer adds, in training only
     tie_embeddings: bool = True     # the output layer shares the embedding's weights
@@ -295,7 +295,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x))), h
 
 
-EMBED_STD, INIT_STD = 0.06, 1.0  # spread of the embedding; gain of the matrices (see FMem.init_weights)
+EMBED_STD, INIT_STD = 0.06, 1.0  # spread of the embedding, gain of the matrices; see FMem.init_weights
 
 
 class FMem(nn.Module):

@@ -586,7 +586,7 @@ def test_prepare_command(tmp_path):
 def settings(corpus, out, **more):
     return {**dict(data=str(corpus), out=str(out), device="cpu", n_layer=1, d_model=16, n_rows=8, k_rows=2, context=24,
                    batch_size=4, max_steps=20, eval_every=5, eval_tokens=100, log_every=1, sample_tokens=3, warmup=2,
-                   dropout=0.1), **more}
+                   dropout=0.1, lr=4e-3, tau=0.25, alpha_std=1.0), **more}
 
 
 def log_rows(out, column):
@@ -822,24 +822,41 @@ def test_compile_falls_back(corpus, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------ sample.py
 
 def test_sample_command(run20, tmp_path):
-    (tmp_path / "prompt.txt").write_text("über 東京", encoding="utf-8")
+    """As a user runs it: in a folder with the checkpoint and nothing else."""
+    (tmp_path / "out").mkdir()
+    shutil.copy(run20[0] / "best.pt", tmp_path / "out")
+    done = subprocess.run([sys.executable, HERE / "sample.py", "--max_new_tokens", "8", "--prompt", "-"], cwd=tmp_path,
+                          input="über 東京".encode(), capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert done.returncode == 0 and done.stdout.decode().startswith("über 東京"), done.stderr
+    assert re.search(rb"\d tokens/s", done.stderr) and b"a test corpus" in done.stderr
 
-    def run(*arguments, text=None):
-        return subprocess.run([sys.executable, HERE / "sample.py", "--max_new_tokens", "8", *arguments], input=text,
-                              cwd=tmp_path, capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
-    assert "python train.py makes one" in run().stderr          # no run here yet
-    shutil.copytree(run20[0], tmp_path / "out")                 # the checkpoint alone is enough
-    plain = run()
-    assert plain.returncode == 0 and "tokens/s" in plain.stderr, plain.stderr
-    prompts = [run("--prompt", "über 東京"), run("--prompt", "FILE:prompt.txt"), run("--prompt", "-", text="über 東京")]
-    assert prompts[0].stdout.startswith("über 東京") and len({p.stdout for p in prompts}) == 1
-    assert run("--seed", "2").stdout != run("--seed", "3").stdout == run("--seed", "3").stdout
-    assert run("--num_samples", "2", "--seed", "2").stdout.startswith(run("--seed", "2").stdout.rstrip("\n"))
+
+def test_sample_options(run20, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        sample_py.main(["--device", "cpu", "--max_new_tokens", "8", *arguments])
+        return capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="python train.py makes one"):
+        run()
+    shutil.copytree(run20[0], tmp_path / "out")
+    (tmp_path / "prompt.txt").write_text("über 東京", encoding="utf-8")
+    assert run("--prompt", "über 東京") == run("--prompt", "FILE:prompt.txt") != run()
+    assert run("--prompt", "caf\udce9 \x1b[31m").startswith("caf? \ufffd[31m")    # bytes of another encoding; a colour code
+    assert run("--seed", "2") != run("--seed", "3") == run("--seed", "3")
+    two = run("--num_samples", "2", "--seed", "2").split("-" * 20)
+    assert [t.strip() for t in two] == [run("--seed", s).strip() for s in ("2", "3")]
+    assert run("--max_new_tokens", "0", "--prompt", "x") == "x\n\n"
+    (tmp_path / "out/best.pt").unlink()
+    assert run() == run("--checkpoint", "out/last.pt")
     for arguments, message in [(["--temperature", "-1"], "temperature"), (["--top_p", "2"], "top_p"), (["--top_k", "0"], "top_k"),
                                (["--max_new_tokens", "-5"], "max_new_tokens"), (["--prompt", "FILE:none"], "none"),
-                               (["--checkpoint", "none.pt"], "none.pt"), (["--num_samples", "0"], "num_samples")]:
-        done = run(*arguments)
-        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+                               (["--checkpoint", "none.pt"], "none.pt"), (["--num_samples", "0"], "num_samples"),
+                               (["--seed", "-1"], "seed")]:
+        with pytest.raises(SystemExit, match=f"sample.py: error: .*{message}") as e:
+            run(*arguments)
+        assert "\n" not in str(e.value)
 
 
 def test_stream_never_cuts_a_character(corpus, capsys):
@@ -875,9 +892,10 @@ def test_readme_code_runs(run20, corpus, tmp_path, monkeypatch):
     commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     ours = [c.split("&&")[-1].split() for c in commands if re.search(r"python (train|sample|data/prepare)\.py|torchrun", c)]
     assert len(ours) >= 5
-    (tmp_path / "mine.txt").write_text(some_text(200), encoding="utf-8")
+    for name in ("mine.txt", "prompt.txt"):
+        (tmp_path / name).write_text(some_text(200), encoding="utf-8")
     short = {"train.py": ["--data", str(corpus), "--max_steps", "2", "--n_layer", "1", "--d_model", "16", "--context", "16",
-                          "--batch_size", "2", "--sample_tokens", "2", "--device", "cpu"],
+                          "--batch_size", "2", "--sample_tokens", "2", "--device", "cpu", "--no-compile"],
              "sample.py": ["--checkpoint", "out/best.pt", "--max_new_tokens", "3"],
              "prepare.py": ["--out", "prepared", "--overwrite", "--vocab_size", "260", "--input", "mine.txt"]}
     for i, words in enumerate(ours):
@@ -890,4 +908,5 @@ def test_readme_code_runs(run20, corpus, tmp_path, monkeypatch):
             if "--resume" in words:
                 shutil.copytree("out", f"run{i}")
                 extra = ["--out", f"run{i}", "--max_steps", "21"]
-        module.main(words[at + 1:] + extra)
+        with pytest.raises(SystemExit, match="^0$") if "--help" in words else contextlib.nullcontext():
+            module.main(words[at + 1:] + extra)
