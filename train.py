@@ -69,7 +69,7 @@ class Settings:
     batch_size: int = option("preset", "windows per step, over all processes")
     micro_batch: int | None = option(None, "windows per process that go through the model at once (none: all of them)")
     max_steps: int = option("preset", "optimiser steps")
-    seconds: float | None = option(None, "finish the schedule within this time, if max_steps does not end before")
+    seconds: float | None = option(None, "finish the schedule in this time (the last evaluation comes on top), if not before")
     lr: float = option("preset", "peak learning rate of AdamW")
     min_lr: float = option(0.05, "learning rate at the end, as a share of the peak")
     warmup: int = option(50, "steps of linear warm-up")
@@ -219,10 +219,10 @@ class Batches:
 
 
 @torch.no_grad()
-def evaluate(model, tokens, context, sizes, device, amp, limit=None, batch=16, rank=0, world=1):
+def evaluate(model, tokens, context, sizes, device, amp, limit=None, batch=8, rank=0, world=1):
     """Mean loss over consecutive windows of `context` tokens, each from an empty memory.
 
-    Returns nats per token and bits per byte of text. limit: only the first so many tokens.
+    Returns nats per token and bits per byte of text. limit: only the first so many tokens. sizes: bytes of each token.
     """
     model.eval()
     tokens = tokens[:limit + 1] if limit else tokens
@@ -340,7 +340,8 @@ class Stop:
 
 class Log:
     """log.csv. On resume the rows after the checkpoint are dropped: those steps are done again."""
-    columns = ("step", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second", "val_loss", "val_bpb")
+    columns = ("step", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second",
+               "val_loss", "val_bpb", "val_tokens")
 
     def __init__(self, path, step):
         self.rows = []
@@ -367,9 +368,9 @@ class Log:
             return
         figure, axes = plt.subplots(figsize=(7, 4))
         for column, style in (("train_loss", "-"), ("val_loss", "o-")):
-            points = [(int(r["step"]), float(r[column])) for r in self.rows if r.get(column)]
+            points = {int(r["step"]): float(r[column]) for r in reversed(self.rows) if r.get(column)}     # the first per step
             if points:
-                axes.plot(*zip(*points, strict=True), style, label=column.replace("_", " "), linewidth=1)
+                axes.plot(*zip(*sorted(points.items()), strict=True), style, label=column.replace("_", " "), linewidth=1)
         axes.set(xlabel="step", ylabel="nats per token")
         axes.legend()
         axes.grid(alpha=0.3)
@@ -484,16 +485,21 @@ def train(given):
                 "random": {"seed": s.seed, "next_step": step, "next_window": step * s.batch_size}}
 
     def validate(limit, name):
+        loss, bpb = evaluate(model, val_tokens, s.context, sizes, device, amp, limit, micro, rank, world)
+        count = min(limit or len(val_tokens), len(val_tokens) - 1)
+        say(f"{name:9s} step {step}: validation {loss:.4f} nats per token, {bpb:.4f} bits per byte ({count:,} tokens)")
+        if rank == 0:
+            log.write(step=step, tokens=step * s.batch_size * s.context, seconds=elapsed_before + time.perf_counter() - start,
+                      val_loss=loss, val_bpb=bpb, val_tokens=count)
+        return loss
+
+    def validate_and_save():
         nonlocal best
-        loss, bpb = evaluate(model, val_tokens, s.context, sizes, device, amp, limit, rank=rank, world=world)
-        say(f"{name:9s} step {step}: validation {loss:.4f} nats per token, {bpb:.4f} bits per byte")
+        loss = validate(s.eval_tokens, "eval")
         if rank == 0:
             better, best = loss < best, min(loss, best)
-            log.write(step=step, tokens=step * s.batch_size * s.context, seconds=elapsed_before + time.perf_counter() - start,
-                      val_loss=loss, val_bpb=bpb)
             for path in [out / "last.pt"] + [out / "best.pt"] * better:
                 save_checkpoint(snapshot(), path)
-        return loss, bpb
 
     with Stop() as stop:
         while True:
@@ -539,9 +545,11 @@ def train(given):
                     log.write(step=step, tokens=step * s.batch_size * s.context, seconds=elapsed_before + now - start,
                               train_loss=mean, lr=lr, grad_norm=norm.item(), tokens_per_second=speed)
                 pending, last_step, last_time = [], step, now
-            if step % s.eval_every == 0 and step < s.max_steps:
-                validate(s.eval_tokens, "eval")
+            if step % s.eval_every == 0:
+                validate_and_save()
                 last_time = time.perf_counter()
+        if step % s.eval_every and not stopped:
+            validate_and_save()
     if stopped:
         if rank == 0:
             save_checkpoint(snapshot(), out / "last.pt")
@@ -576,6 +584,8 @@ def main(argv=None):
         train(given)
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; what was saved before stays")
 
 
 if __name__ == "__main__":
