@@ -88,8 +88,8 @@ PRESETS = {
     "gpu": dict(n_layer=8, d_model=384, n_rows=64, k_rows=16, dropout=0.2, context=1024, batch_size=16, max_steps=650,
                 lr=3e-3, eval_every=50),
     # 1.7 M parameters, an epoch and a half
-    "cpu": dict(n_layer=4, d_model=192, n_rows=32, k_rows=8, dropout=0.0, context=256, batch_size=4, max_steps=2600,
-                lr=4e-3, eval_every=400),
+    "cpu": dict(n_layer=4, d_model=192, n_rows=32, k_rows=8, dropout=0.0, context=256, batch_size=8, max_steps=1300,
+                lr=4e-3, eval_every=200),
 }
 
 
