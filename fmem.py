@@ -104,10 +104,11 @@ def scan_loop(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None, e
     """
     theta, phi, xs, h = wide(theta), wide(phi), wide(x), initial_state(theta, x, h0)
     ys = []
-    for t in range(x.shape[1]):
-        h = torch.lerp(h, xs[:, t, None].expand_as(h), theta[:, t, :, None])        # eq. 10
-        q = phi[:, t] * torch.rsqrt(h.square().mean(-1) + eps)                      # read weight over the row's rms
-        ys.append((q[:, None] @ h)[:, 0])                                           # eq. 11
+    with torch.autocast(x.device.type, enabled=False):
+        for t in range(x.shape[1]):
+            h = torch.lerp(h, xs[:, t, None].expand_as(h), theta[:, t, :, None])    # eq. 10
+            q = phi[:, t] * torch.rsqrt(h.square().mean(-1) + eps)                  # read weight over the row's rms
+            ys.append((q[:, None] @ h)[:, 0])                                       # eq. 11
     return torch.stack(ys, 1).to(x.dtype), h
 
 
@@ -253,7 +254,7 @@ class FactorizationMemory(nn.Module):
         old = h if rows is None else h.gather(1, rows)
         new = torch.lerp(old, xbar.expand_as(old), theta[..., None])                    # eq. 10
         q = phi * torch.rsqrt(new.square().mean(-1) + self.config.norm_eps)
-        y_t = (q[:, None] @ new)[:, 0]                                                  # eq. 11
+        y_t = (q[..., None] * new).sum(1)                                               # eq. 11
         if torch.is_grad_enabled():
             h = new if rows is None else h.scatter(1, rows, new)
         else:
@@ -385,7 +386,6 @@ class FMem(nn.Module):
 
     @torch.no_grad()
     def _generate(self, tokens, max_new_tokens, temperature, top_k, top_p, generator, state):
-        state = None if state is None else [h.clone() for h in state]
         for piece in tokens.split(PREFILL, 1):          # a long prompt needs no more memory than a short one
             x, state = self.hidden(piece, state)
         logits = self.head(x[:, -1])
