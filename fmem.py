@@ -317,7 +317,7 @@ class FMem(nn.Module):
     def init_weights(self):
         """All of the initialisation; the paper gives none.
 
-        The affinities must start sharp: from flat ones the rows all collect the same average and part only slowly. The
+        The affinities start neither flat (all rows would collect the same average and part only slowly) nor hard. The
         input of W_alpha has unit rms, so entries of spread alpha_std tau / sqrt(d_model) give logits of spread alpha_std
         at every width and tau. eta and mu start at 1/2. Every other matrix has spread INIT_STD / sqrt(inputs), and those
         that add to the residual stream a further 1 / sqrt(2 n_layer), the number of additions. Gains of norms are 1.

@@ -663,6 +663,8 @@ def test_resume_is_bit_for_bit(number, corpus, run20, tmp_path, monkeypatch):
         patch.setattr(train_py.Batches, "__call__", interrupting)
         assert train_py.train(given)["step"] == 10
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    with open(tmp_path / "out/log.csv", "a") as f:
+        f.write("11,1056,0.1,3.0,1e-3,1,9,,,\n1")                 # a kill: a row after the checkpoint, and half a row
     resumed = train_py.train({"out": given["out"], "resume": True})
     whole = run20[1]
     for part in ("model", "optimizer", "config", "tokenizer", "best", "random"):
@@ -692,7 +694,8 @@ def test_a_run_never_overwrites_another(corpus, run20, tmp_path):
     assert (tmp_path / "out/last.pt").read_bytes() == before
     with pytest.raises(ValueError, match="--d_model is not that of the run"):
         train_py.train({"out": given["out"], "resume": True, "d_model": 32})
-    assert train_py.train({**given, "overwrite": True})["step"] == 1
+    assert train_py.train({**given, "overwrite": True, "eval_every": 9})["step"] == 1
+    assert train_py.load_checkpoint(tmp_path / "out/best.pt")["step"] == 1      # nothing is left of the run before
 
 
 def test_a_failed_save_keeps_the_last_checkpoint(run20, tmp_path, monkeypatch):

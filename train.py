@@ -344,14 +344,17 @@ class Log:
                "val_loss", "val_bpb", "val_tokens")
 
     def __init__(self, path, step):
-        self.rows = []
+        self.rows, kept = [], path.with_name(f".{path.name}.tmp")
         if step and path.is_file():
-            with open(path, newline="", encoding="utf-8") as f:
-                self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
-        self.file = open(path, "w", newline="", encoding="utf-8")      # noqa: SIM115 (open for the whole run)
+            with open(path, newline="", encoding="utf-8") as f:     # a row that a kill cut short has columns of None
+                self.rows = [row for row in csv.DictReader(f) if None not in row.values() and int(row["step"]) <= step]
+        with open(kept, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(kept, path)
+        self.file = open(path, "a", newline="", encoding="utf-8")   # noqa: SIM115 (open for the whole run)
         self.writer = csv.DictWriter(self.file, self.columns, lineterminator="\n")
-        self.writer.writeheader()
-        self.writer.writerows(self.rows)
 
     def write(self, **row):
         row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
@@ -472,6 +475,9 @@ def train(given):
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
 
+    if s.overwrite and rank == 0:
+        for name in ("last.pt", "best.pt"):
+            (out / name).unlink(missing_ok=True)
     log = Log(out / "log.csv", step) if rank == 0 else None
     start = last_time = time.perf_counter()
     smooth, pending, last_step = None, [], step
