@@ -51,6 +51,7 @@ def stream(model, enc, prompt, device, seed, **choice):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Write text with a trained model.", allow_abbrev=False)
+    p.error = lambda message: p.exit(2, f"sample.py: error: {message}; --help lists the options\n")
     p.add_argument("--checkpoint", metavar="FILE", help="default: out/best.pt, else out/last.pt")
     p.add_argument("--prompt", default="", help="text to continue, FILE:path, or - for standard input (default: none)")
     p.add_argument("--num_samples", type=int, default=1, help="texts to write (default: 1)")

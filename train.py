@@ -114,7 +114,8 @@ def parse(argv):
 
     kinds = {int: number(int), float: number(float), str: str, int | None: optional(int), float | None: optional(float)}
     p = argparse.ArgumentParser(prog="train.py", description="Train a Factorization Memory language model.",
-                                allow_abbrev=False, argument_default=argparse.SUPPRESS)
+                                usage="python train.py [--name value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    p.error = lambda message: p.exit(2, f"train.py: error: {message}\n")
     for f in dataclasses.fields(Settings):
         shown = f.default
         if shown == "preset":
@@ -127,7 +128,7 @@ def parse(argv):
     given, unknown = p.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, [f"--{f.name}" for f in dataclasses.fields(Settings)], 1, 0.5)
+        near = difflib.get_close_matches(name, [f"--{f.name}" for f in dataclasses.fields(Settings)], 1)
         p.error(f"{name} is not an option" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
     return vars(given)
 

@@ -345,6 +345,7 @@ def prepare(out=HERE / "default", documents=None, val_names=None, corpus=None, t
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Prepare a corpus for train.py.", allow_abbrev=False)
+    p.error = lambda message: p.exit(2, f"data/prepare.py: error: {message}; --help lists the options\n")
     p.add_argument("--input", nargs="+", metavar="FILE", help="UTF-8 text, one document per file (default: Shakespeare)")
     p.add_argument("--val", nargs="+", metavar="FILE", help="documents for validation (default: a tenth of the input)")
     p.add_argument("--out", metavar="DIR", help="folder to write (default: data/default, or data/NAME of the first input)")
