@@ -113,8 +113,8 @@ def parse(argv):
         return read
 
     kinds = {int: number(int), float: number(float), str: str, int | None: optional(int), float | None: optional(float)}
-    p = argparse.ArgumentParser(prog="train.py", description="Train a Factorization Memory language model.",
-                                usage="python train.py [--name value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    p = argparse.ArgumentParser(usage="python train.py [--name value ...]", allow_abbrev=False,
+                                argument_default=argparse.SUPPRESS, description=__doc__.splitlines()[0])
     p.error = lambda message: p.exit(2, f"train.py: error: {message}\n")
     for f in dataclasses.fields(Settings):
         shown = f.default
