@@ -56,8 +56,9 @@ class FMemConfig:
     dropout: float = 0.0            # on the embedding and on what each layer adds, in training only
     tie_embeddings: bool = True     # the output layer shares the embedding's weights
     norm_eps: float = 1e-5          # added to the mean square in every RMS norm, the row norm of eq. 11 included
-    chunk_size: int = 16            # C, tokens per chunk of scan_chunked
-    scan: str = "auto"              # form of the recurrence: "auto", "loop" or "chunked"
+    chunk_size: int = 32            # C, tokens per chunk of scan_chunked
+    recompute: bool = False         # keep less for the gradient and compute the chunk states twice
+    scan: str = "auto"              # form of the recurrence: "auto", "loop", "chunked" or "kernel"
 
     def __post_init__(self):
         if self.d_memory is None:
@@ -125,13 +126,13 @@ def initial_state(theta: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
     return h0.to(wide(x).dtype)
 
 
-# A chunk's decays are ratios of products of its factors 1 - theta. The products and their squares must stay above the
-# smallest float64 (1e-308) even if every factor is TINY, which stands for 0: TINY ** (2 * MAX_CHUNK) = 4e-279.
-TINY, MAX_CHUNK = 2e-9, 16
+# A chunk's decays are ratios of products of its factors 1 - theta. The products must stay above the smallest float64
+# (1e-308) even if every factor is TINY, which stands for 0: TINY ** MAX_CHUNK = 4e-279.
+TINY, MAX_CHUNK = 2e-9, 32
 
 
 def scan_chunked(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None, eps: float = 1e-5,
-                 chunk_size: int = MAX_CHUNK) -> tuple[Tensor, Tensor]:
+                 chunk_size: int = MAX_CHUNK, recompute: bool = False) -> tuple[Tensor, Tensor]:
     """scan_loop by matrix products, C = chunk_size tokens at a time: same arguments, same results, any T.
 
     Fix one row i of one text; theta_t, phi_t, n_t and so on are its numbers, vectors are h_t and x_t. With a = 1 - theta,
@@ -140,23 +141,21 @@ def scan_chunked(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None
         h_t = F_t H + sum_{s <= t} (F_t / F_s) theta_s x_s  =  F_t (H + sum_{s <= t} V_s x_s),      V_s = theta_s / F_s
 
     F does not depend on h, so without the norm eq. 11 would be plain linear attention: two matrix products per chunk.
-    The norm does not stop this, because of a row it needs one number, the squared length n_t = <h_t, h_t>, and the
-    length follows from inner products that are known before any h_t is. Per unit of F_t, write s lengthens the row by
+    The norm does not stop this, because of a row it needs one number, the squared length n_t = <h_t, h_t>, and this
+    obeys a recurrence of its own, made of inner products that are known before any h_t is:
 
-        V_s U_s,    U_s = 2 <H + sum_{r < s} V_r x_r, x_s> + V_s <x_s, x_s>  =  2 (S_s + sum_{r < s} V_r K_rs) + V_s K_ss
-
-    with S_s = <H, x_s> and K_rs = <x_r, x_s>, the entries of two matrix products. So
-
-        n_t = F_t^2 (<H, H> + sum_{s <= t} V_s U_s)                         the norm, without a row in sight
+        <h_t, x_t> = F_t P_t,     P_t = <H, x_t> + sum_{s <= t} V_s <x_s, x_t>      two matrix products (C x m, C x C)
+        n_t = |a_t h_{t-1} + theta_t x_t|^2 = a_t^2 n_{t-1} + theta_t (2 <h_t, x_t> - theta_t <x_t, x_t>)
         q_t = phi_t / sqrt(n_t / d + eps)                                   the read is linear again once q is known
-        y_t = sum_i q_t F_t H  +  sum_{s <= t} (sum_i q_t F_t V_s) x_s      two matrix products (C x m, C x C)
+        y_t = sum_i q_t F_t H  +  sum_{s <= t} (sum_i q_t F_t V_s) x_s      two more
         H'  = F_C H + sum_s (F_C V_s) x_s                                   the next chunk's H
 
-    Only H goes from chunk to chunk: T/C states are kept for the gradient, never T. What has no d in it (F, V, n, q: a
-    small part of the work) is float64, so that the ratios F_t / F_s neither overflow nor lose a digit of float32, for
-    every theta from 0 to 1. Where theta = 1, a = 0 is replaced by TINY, too small for float32 to see, in the value only:
-    the gradient passes as if it were not there, and is exact at theta = 1 too. A token with theta = phi = 0 changes
-    nothing, so the last chunk is filled up with such tokens.
+    Only H goes from chunk to chunk. For the gradient (see `chunked_backward`) the inputs and these T/C states are kept,
+    never T of them; with recompute=True only the inputs, and the states are computed a second time. What has no d in it
+    and a wide range (F, V and their products: a small part of the work) is float64, so that the ratios F_t / F_s neither
+    overflow nor lose a digit of float32, for every theta from 0 to 1. Where theta = 1, a = 0 is replaced by TINY, too
+    small for float32 to see; gradients are exact there too. A token with theta = phi = 0 changes nothing, so the last
+    chunk is filled up with such tokens.
 
     Raises ValueError for shapes that do not fit, RuntimeError on a device without float64 (use scan_loop there).
     """
@@ -164,32 +163,205 @@ def scan_chunked(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None
         raise RuntimeError('scan_chunked needs float64, which Apple GPUs lack; use scan="loop" or device "cpu"')
     if not 1 <= chunk_size <= MAX_CHUNK:
         raise ValueError(f"chunk_size must be from 1 to {MAX_CHUNK}, not {chunk_size}")
-    T, d, dtype, device = x.shape[1], x.shape[-1], x.dtype, x.device.type
-    h, C = initial_state(theta, x, h0), min(chunk_size, T)
-    theta, phi, x = (F.pad(wide(v), (0, 0, 0, -T % C)).unflatten(1, (-1, C)) for v in (theta, phi, x))  # B N C m or d
-    with torch.autocast(device, enabled=False):
-        # 1. Decays and writes, [B, N, C, m].
-        theta = theta.double()
-        a = 1 - theta
-        a = a + (a.clamp_min(TINY) - a).detach()
-        Ft = a.cumprod(2)
-        V = theta / Ft
-        FC = Ft[:, :, -1:]
-        # 2. The state before each chunk, H [B, N, m, d]: the only loop, over the N chunks.
-        keep, write = FC.mT.to(x.dtype), (FC * V).mT.to(x.dtype) @ x
-        H = []
-        for keep_n, write_n in zip(keep.unbind(1), write.unbind(1), strict=True):
-            H.append(h)
-            h = torch.addcmul(write_n, keep_n, h)
-        H = torch.stack(H, 1)
-        # 3. Lengths of the rows after each token, and with them the read weights, [B, N, C, m].
-        K, S = (x @ x.mT).double(), (x @ H.mT).double()
-        U = 2 * (S + K.tril(-1) @ V) + V * K.diagonal(dim1=-2, dim2=-1)[..., None]
-        n = Ft.square() * (H.square().sum(-1).double()[:, :, None] + (V * U).cumsum(2))
-        q = Ft * phi * torch.rsqrt(n.clamp_min(0) / d + eps)
-        # 4. The read: what is left of H, and of the writes inside the chunk.
-        y = q.to(x.dtype) @ H + (q @ V.mT).tril().to(x.dtype) @ x
-    return y.flatten(1, 2)[:, :T].to(dtype), h
+    h0 = initial_state(theta, x, h0)
+    y, hT, _ = chunked(*(v.to(h0.dtype) for v in (theta, phi, x)), h0, eps, min(chunk_size, x.shape[1]), not recompute)
+    return y.to(x.dtype), hT
+
+
+# The work is done in pieces of G chunks, all chunks of a piece at once: few enough numbers to stay in a CPU's cache (or to
+# bound the memory on a GPU), enough of them for two threads. A chunk of a piece is one matrix of a batch: [G B, C, .].
+
+def piece_size(theta: Tensor, C: int) -> int:
+    """G, the number of chunks in a piece of theta [B, T, m]."""
+    numbers = 2**16 if theta.device.type == "cpu" else 2**21
+    return max(1, numbers // (theta.shape[0] * C * theta.shape[2]))
+
+
+def piece(v: Tensor, t: int, C: int, G: int) -> Tensor:
+    """Tokens t to t + G C of v [B, T, .] as [G, B, C, .], filled up with zeros to a whole chunk."""
+    v = v[:, t:t + G * C]
+    if missing := -v.shape[1] % C:
+        v = F.pad(v, (0, 0, 0, missing))
+    return v.unflatten(1, (-1, C)).transpose(0, 1)
+
+
+def put(out: Tensor, t: int, v: Tensor):
+    """The way back: v [G B, C, .] to the tokens of out [B, T, .] from t on."""
+    v = v.unflatten(0, (-1, len(out))).transpose(0, 1)
+    if t + v.shape[1] * v.shape[2] <= out.shape[1]:
+        out[:, t:t + v.shape[1] * v.shape[2]].unflatten(1, v.shape[1:3]).copy_(v)
+    else:
+        out[:, t:] = v.flatten(1, 2)[:, :out.shape[1] - t]
+
+
+def decays(theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a, F, 1 / F and V of a piece, theta [G B, C, m], in float64."""
+    a = (1 - theta.double()).clamp_min_(TINY)
+    Ft = a.cumprod(1)
+    inverse = 1 / Ft
+    return a, Ft, inverse, theta * inverse
+
+
+def next_states(states: Tensor, Ft: Tensor, V: Tensor, x: Tensor):
+    """states [G + 1, B, m, d], of which the first is given: H' of every chunk into the others. The only serial part."""
+    FC = Ft[:, -1:]
+    keep = FC.mT.to(x.dtype).unflatten(0, states[1:].shape[:2])
+    states[1:].flatten(0, 1).baddbmm_((V * FC).mT.to(x.dtype), x, beta=0)
+    for g, keep_g in enumerate(keep):
+        states[g + 1].addcmul_(keep_g, states[g])
+
+
+def squared_lengths(a2: Tensor, writes: Tensor, H: Tensor) -> Tensor:
+    """n_t = a2_t n_{t-1} + writes_t from n_0 = |H|^2 on: [G B, 1 + C, m]. By the token, but with no d in it."""
+    n = [torch.linalg.vector_norm(H, dim=-1).square()]
+    for a2_t, writes_t in zip(a2.unbind(1), writes.unbind(1), strict=True):
+        n.append(torch.addcmul(writes_t, a2_t, n[-1]))
+    return torch.stack(n, 1)
+
+
+# An operator of its own, so that torch.compile keeps the graph whole and takes it as it is: unrolled over the chunks it
+# would take minutes to compile, and run slower.
+@torch.library.custom_op("fmem::chunked", mutates_args=())
+def chunked(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float, C: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """scan_chunked for arguments of one dtype, float32 or float64; returns y, hT and, if keep, every H [T/C + 1, B, m, d]."""
+    (B, T, d), G, dtype = x.shape, piece_size(theta, C), x.dtype
+    N = -(-T // C)
+    y, states = x.new_empty(x.shape), x.new_empty((N if keep else min(N, G)) + 1, *h0.shape)
+    last = h0
+    with torch.autocast(x.device.type, enabled=False):
+        for n in range(0, N, G):
+            theta_n, phi_n, x_n = (piece(v, n * C, C, G).flatten(0, 1) for v in (theta, phi, x))
+            a, Ft, _, V = decays(theta_n)
+            states_n = states[n if keep else 0:][:len(x_n) // B + 1]
+            states_n[0] = last
+            next_states(states_n, Ft, V, x_n)
+            H, last = states_n[:-1].flatten(0, 1), states_n[-1]
+            K = x_n @ x_n.mT
+            theta_K = theta_n * K.diagonal(dim1=1, dim2=2)[..., None]
+            P = (x_n @ H.mT).double().baddbmm_(K.tril_().double(), V)
+            hx = P.mul_(Ft).to(dtype)                                           # <h_t, x_t>
+            lengths = squared_lengths(a.to(dtype).square(), theta_n * (2 * hx - theta_K), H)[:, 1:]
+            qF = Ft * (phi_n * torch.rsqrt(lengths.clamp_min(0) / d + eps))
+            put(y, n * C, (qF.to(dtype) @ H).baddbmm_((qF @ V.mT).to(dtype).tril_(), x_n))
+        return y, last.clone(), states if keep else states.new_empty(0)
+
+
+@torch.library.custom_op("fmem::chunked_backward", mutates_args=())
+def chunked_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, states: Tensor, dy: Tensor, dhT: Tensor, eps: float,
+                     C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of theta, phi, x and h0, given those of y and hT. In matrix products, like the scan itself.
+
+    Write dh_t for the gradient of h_t through everything that follows it, g_t = <h_t, dy_t>, r_t = q_t / phi_t. A read
+    gives h_t the gradient q_t dy_t - c_t h_t, where c_t = phi_t r_t^3 g_t / d comes from the norm. Split it that way:
+
+        dh_t     = lambda_t - a_t kappa_t h_{t-1}
+        kappa_t  = c_t + a_{t+1}^2 kappa_{t+1}                                      one number per row
+        lambda_t = q_t dy_t - theta_t kappa_t x_t + a_{t+1} lambda_{t+1}            and dhT comes in behind the last token
+
+    So lambda is eq. 10 run backwards, with two vectors written per token instead of one, and is chunked like it. If L is
+    what comes into a chunk from behind, the chunk before it gets
+
+        L' = F_C L + sum_t W_t [x_t; dy_t],      W_t = F_t [-theta_t kappa_t; q_t]
+
+    where the brackets stack the two vectors and their weights: most products are needed for both. Then
+
+        dphi_t   = r_t g_t,   g_t = F_t Y_t                Y_t is P_t with dy_t in the place of x_t
+        dx_t     = sum_i theta_t dh_t                      lambda_t and h_{t-1} written out like h_t above
+        dtheta_t = <dh_t, x_t - h_{t-1}> = <lambda_t, x_t> - b_t / a_t - a_t kappa_t (<h_{t-1}, x_t> - n_{t-1})
+        b_t      = a_t <lambda_t, h_{t-1}>,   b_1 = <L', H>,   b_{t+1} = b_t + theta_t <lambda_t, x_t> - W_t . [P_t; Y_t]
+
+    b is a running sum in float64, where the division by a_t costs nothing that float32 could see. (The usual way for
+    gated linear attention, through the gradient of log a_t, loses four digits at theta = 0.99999 and fails at 1.)
+    """
+    (B, T, d), G, dtype = x.shape, piece_size(theta, C), x.dtype
+    N = -(-T // C)
+    dtheta, dphi, dx = (v.new_empty(v.shape) for v in (theta, phi, x))
+    with torch.autocast(x.device.type, enabled=False):
+        if not states.numel():
+            states = x.new_empty(N + 1, *h0.shape)
+            states[0] = h0
+            for n in range(0, N, G):
+                theta_n, x_n = (piece(v, n * C, C, G).flatten(0, 1) for v in (theta, x))
+                _, Ft, _, V = decays(theta_n)
+                next_states(states[n:n + G + 1], Ft, V, x_n)
+        Ls = x.new_empty(min(N, G) + 1, *h0.shape)
+        Ls[0], kappa_in = dhT, torch.zeros_like(h0[..., 0])         # what comes from behind the last chunk
+        for n in reversed(range(0, N, G)):
+            # 1. As in the scan, with dy beside x.
+            theta_n, phi_n = (piece(v, n * C, C, G).flatten(0, 1) for v in (theta, phi))
+            xdy = torch.cat([piece(v, n * C, C, G) for v in (x, dy)], 2).flatten(0, 1)
+            x_n, H = xdy[:, :C], states[n:min(n + G, N)].flatten(0, 1)
+            chunks = len(x_n) // B
+            a, Ft, inverse, V = decays(theta_n)
+            FC, a2 = Ft[:, -1:], a.to(dtype).square()
+            K = (xdy @ x_n.mT).unflatten(1, (2, C)).tril_()                     # <x_t, x_s> and <dy_t, x_s>, s <= t
+            theta_K = theta_n * K[:, 0].diagonal(dim1=1, dim2=2)[..., None]
+            K, S = K.flatten(1, 2).double(), xdy @ H.mT
+            PY = S.to(torch.float64, copy=True).baddbmm_(K, V)
+            hx, g = (PY.unflatten(1, (2, C)) * Ft[:, None]).to(dtype).unbind(1)
+            lengths = squared_lengths(a2, theta_n * (2 * hx - theta_K), H)
+            r = torch.rsqrt(lengths[:, 1:].clamp_min(0) / d + eps)
+            q, dphi_n = phi_n * r, r * g
+            put(dphi, n * C, dphi_n)
+            # 2. kappa: inside every chunk, then with what the chunks behind it add.
+            c = (q * r * dphi_n / d).unbind(1)
+            kappas = [c[-1]]
+            for c_t, a2_next in zip(c[-2::-1], a2.unbind(1)[:0:-1], strict=True):
+                kappas.append(torch.addcmul(c_t, a2_next, kappas[-1]))
+            kappas_in, out, through = [], a2[:, 0] * kappas[-1], FC[:, 0].to(dtype).square()
+            for out_n, through_n in zip(*(v.unflatten(0, (chunks, B)).flip(0) for v in (out, through)), strict=True):
+                kappas_in.append(kappa_in)
+                kappa_in = torch.addcmul(out_n, through_n, kappa_in)
+            kappa = torch.stack(kappas[::-1], 1)
+            kappa.addcmul_((FC * inverse).to(dtype).square(), torch.stack(kappas_in[::-1]).flatten(0, 1)[:, None])
+            # 3. L of every chunk, from the last to the first.
+            W = (torch.stack([-theta_n * kappa, q], 1).double() * Ft[:, None]).flatten(1, 2)
+            W_low, keep = W.to(dtype), FC.mT.to(dtype).unflatten(0, (chunks, B))
+            Ls[chunks] = Ls[0]
+            Ls[:chunks].flatten(0, 1).baddbmm_(W_low.mT, xdy, beta=0)
+            for i in reversed(range(chunks)):
+                Ls[i].addcmul_(keep[i], Ls[i + 1])
+            L = Ls[1:chunks + 1].flatten(0, 1)
+            # 4. The gradients.
+            A = (W @ V.mT).to(dtype).unflatten(1, (2, C)).tril_()
+            dx_n = (V * FC).to(dtype) @ L                                       # lambda_t: from behind, from the chunk
+            dx_n.baddbmm_(A.flatten(1, 2).mT, xdy)
+            dx_n.baddbmm_(W_low[:, :C], H).baddbmm_(A[:, 0].tril_(-1), x_n)     # h_{t-1}: from before, from the chunk
+            put(dx, n * C, dx_n)
+            lambda_x = ((x_n @ L.mT) * FC).baddbmm_(K.mT, W)                    # F_t <lambda_t, x_t>
+            b = (H * L).sum(-1)[:, None] * FC + (W * S).sum(1, keepdim=True)    # b_1
+            PY.mul_(W)
+            change = (V * lambda_x).sub_(PY[:, :C]).sub_(PY[:, C:])             # b_{t+1} - b_t
+            b = change.cumsum(1).sub_(change).add_(b)
+            dtheta_n = lambda_x.mul_(inverse).sub_(b.div_(a)).to(dtype)
+            put(dtheta, n * C, dtheta_n - kappa * (hx - theta_K - (1 - theta_n) * lengths[:, :-1]))
+        return dtheta, dphi, dx, torch.addcmul(Ls[0], kappa_in[..., None], h0, value=-1).contiguous()
+
+
+@chunked.register_fake
+def _(theta, phi, x, h0, eps, C, keep):
+    N = -(-x.shape[1] // C)
+    return x.new_empty(x.shape), h0.new_empty(h0.shape), x.new_empty(N + 1, *h0.shape) if keep else x.new_empty(0)
+
+
+@chunked_backward.register_fake
+def _(theta, phi, x, h0, states, dy, dhT, eps, C):
+    return tuple(v.new_empty(v.shape) for v in (theta, phi, x, h0))
+
+
+def save(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.C, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx, dy, dhT, _):
+    theta, phi, x, h0, states = ctx.saved_tensors
+    dy, dhT = torch.zeros_like(x) if dy is None else dy, torch.zeros_like(h0) if dhT is None else dhT
+    return *chunked_backward(theta, phi, x, h0, states, dy, dhT, ctx.eps, ctx.C), None, None, None
+
+
+chunked.register_autograd(gradients, setup_context=save)
 
 
 def choose_scan(scan: str, device: torch.device | str) -> tuple[str, str]:
@@ -237,7 +409,7 @@ class FactorizationMemory(nn.Module):
         if choose_scan(self.config.scan, x.device)[0] == "loop":
             y, h = scan_loop(theta, phi, xbar, h, self.config.norm_eps)                 # eqs. 10, 11
         else:
-            y, h = scan_chunked(theta, phi, xbar, h, self.config.norm_eps, self.config.chunk_size)
+            y, h = scan_chunked(theta, phi, xbar, h, self.config.norm_eps, self.config.chunk_size, self.config.recompute)
         return self.W_o(y), h
 
     def step(self, x_t: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
