@@ -7,11 +7,11 @@ state has a fixed size, so the cost of a token does not grow with the text befor
 
 This file is the whole model, to be read from top to bottom: the recurrence as a loop over the tokens (`scan_loop`, the
 definition), the same in matrix products (`scan_chunked`, for training and prompts), the layer, the block, the language
-model, generation. Training is in train.py, text to tokens in data/prepare.py.
+model, generation. Training is in train.py, text to tokens in data/prepare.py, the same scan as Triton kernels in kernel.py.
 
 Included: dense and top-k sparse memory, exact for every theta in [0, 1]; state in and out of everything; a step whose
 cost follows k. Not included: attention, position encoding, convolution, gates, heads, a load-balancing loss (the paper
-has none of them in this layer), and GPU kernels.
+has none of them in this layer).
 
 Glossary. B texts, T tokens, C tokens in a chunk, m rows, k rows chosen per token, d = d_memory.
 
@@ -30,8 +30,10 @@ Glossary. B texts, T tokens, C tokens in a chunk, m rows, k rows chosen per toke
 What the paper leaves open and how it is settled here: initialisation (`FMem.init_weights`); h0 = 0; tied embeddings;
 SwiGLU of width 8/3 d_model; RMS norms with eps 1e-5, no gain in the row norm (W_o would absorb it).
 """
+import functools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +83,8 @@ class FMemConfig:
             raise ValueError(f"dropout must be from 0 to below 1, not {self.dropout!r}")
         if self.chunk_size > MAX_CHUNK:
             raise ValueError(f"chunk_size must be at most {MAX_CHUNK} (see scan_chunked), not {self.chunk_size}")
-        if self.scan == "kernel":
-            raise ValueError('scan="kernel" does not exist yet; use "auto"')
-        if self.scan not in ("auto", "loop", "chunked"):
-            raise ValueError(f'scan must be "auto", "loop" or "chunked", not {self.scan!r}')
+        if self.scan not in ("auto", "loop", "chunked", "kernel"):
+            raise ValueError(f'scan must be "auto", "loop", "chunked" or "kernel", not {self.scan!r}')
 
 
 # ---------------------------------------------------------------------------------------------------- the recurrence
@@ -364,13 +364,30 @@ def gradients(ctx, dy, dhT, _):
 chunked.register_autograd(gradients, setup_context=save)
 
 
-def choose_scan(scan: str, device: torch.device | str) -> tuple[str, str]:
-    """The form of the recurrence that `scan` means on a device, "loop" or "chunked", and the reason in words."""
-    if scan != "auto":
+@torch.compiler.assume_constant_result
+def choose_scan(scan: str, device: torch.device | str, m: int = 1, d: int = 1) -> tuple[str, str]:
+    """The form that config.scan means for m rows of d numbers on a device: "loop", "chunked" or "kernel", and why."""
+    device = torch.device(device)
+    if scan in ("loop", "chunked"):
         return scan, "as asked"
-    if torch.device(device).type == "mps":
+    if scan == "kernel" or device.type == "cuda":
+        why_not = no_kernel(device, m, d)
+        if why_not is None:
+            return "kernel", "as asked" if scan == "kernel" else "Triton kernels"
+        return "chunked", f"matrix products; not the Triton kernels: {why_not}"
+    if device.type == "mps":
         return "loop", "the chunked form needs float64, which Apple GPUs lack"
     return "chunked", "matrix products, the fastest form here"
+
+
+@functools.cache
+def no_kernel(device: torch.device, m: int, d: int) -> str | None:
+    """Why kernel.py cannot be used, or None. It is imported here and in the layer only: fmem.py works without Triton."""
+    try:
+        import kernel
+    except ImportError as e:
+        return f"{e.name or e} is not installed"
+    return kernel.why_not(device, m, d, torch.float32)
 
 
 # --------------------------------------------------------------------------------------------------------- the layer
@@ -386,6 +403,9 @@ class FactorizationMemory(nn.Module):
         self.w_mu = nn.Linear(config.d_model, 1, bias=False)
         self.W_i = nn.Linear(config.d_model, config.d_memory, bias=False)
         self.W_o = nn.Linear(config.d_memory, config.d_model, bias=False)
+
+    def form(self, device: torch.device) -> str:
+        return choose_scan(self.config.scan, device, self.config.n_rows, self.config.d_memory)[0]
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Where x [..., d_model] goes: theta, phi [..., k] for its rows [..., k]; rows is None if it is all m of them."""
@@ -406,8 +426,12 @@ class FactorizationMemory(nn.Module):
             zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)              # tokens meets nearly all rows
             theta, phi = zeros.scatter(-1, rows, theta), zeros.scatter(-1, rows, phi)
         xbar = self.W_i(x)                                                              # eq. 9
-        if choose_scan(self.config.scan, x.device)[0] == "loop":
+        form = self.form(x.device)
+        if form == "loop":
             y, h = scan_loop(theta, phi, xbar, h, self.config.norm_eps)                 # eqs. 10, 11
+        elif form == "kernel":
+            from kernel import scan_triton
+            y, h = scan_triton(theta, phi, xbar, h, self.config.norm_eps, self.config.recompute)
         else:
             y, h = scan_chunked(theta, phi, xbar, h, self.config.norm_eps, self.config.chunk_size, self.config.recompute)
         return self.W_o(y), h
@@ -418,19 +442,25 @@ class FactorizationMemory(nn.Module):
         Without gradients (torch.no_grad) h is changed in place and returned; clone it first to keep it.
         """
         theta, phi, rows = self.route(x_t)
-        xbar = wide(self.W_i(x_t))[:, None]                                             # eq. 9
+        xbar = self.W_i(x_t)                                                            # eq. 9
         if h is None:
-            h = xbar.new_zeros(len(x_t), self.config.n_rows, self.config.d_memory)
+            h = wide(xbar).new_zeros(len(x_t), self.config.n_rows, self.config.d_memory)
+        grad, eps = torch.is_grad_enabled(), self.config.norm_eps
+        if not grad and self.form(x_t.device) == "kernel":
+            from kernel import step_triton
+            return self.W_o(step_triton(h, xbar, theta, phi, rows, eps)), h
+        xbar = wide(xbar)[:, None]
         if rows is not None:
             rows = rows[..., None].expand(-1, -1, h.shape[-1])
-        old = h if rows is None else h.gather(1, rows)
-        new = torch.lerp(old, xbar.expand_as(old), theta[..., None])                    # eq. 10
-        q = phi * torch.rsqrt(new.square().mean(-1) + self.config.norm_eps)
-        y_t = (q[..., None] * new).sum(1)                                               # eq. 11
-        if torch.is_grad_enabled():
-            h = new if rows is None else h.scatter(1, rows, new)
+        part = h if rows is None else h.gather(1, rows)
+        with torch.autocast(x_t.device.type, enabled=False):
+            part = (part.lerp if grad else part.lerp_)(xbar.expand_as(part), theta[..., None])  # eq. 10
+            q = phi * torch.rsqrt(torch.linalg.vector_norm(part, dim=-1).square() / part.shape[-1] + eps)
+            y_t = (q[:, None] @ part)[:, 0]                                             # eq. 11
+        if rows is None:
+            h = part
         else:
-            h = h.copy_(new) if rows is None else h.scatter_(1, rows, new)
+            h = h.scatter(1, rows, part) if grad else h.scatter_(1, rows, part)
         return self.W_o(y_t.to(x_t.dtype)), h
 
 
@@ -560,16 +590,62 @@ class FMem(nn.Module):
     def _generate(self, tokens, max_new_tokens, temperature, top_k, top_p, generator, state):
         for piece in tokens.split(PREFILL, 1):          # a long prompt needs no more memory than a short one
             x, state = self.hidden(piece, state)
-        logits = self.head(x[:, -1])
-        for left in reversed(range(max_new_tokens)):
-            token = sample(logits, temperature, top_k, top_p, generator)
-            yield token
-            if left:
+        if not max_new_tokens:
+            return state
+        choice = temperature, top_k, top_p, generator
+        token = sample(self.head(x[:, -1]), *choice)
+        yield token
+        step = capture_step(self, token, state, *choice) if token.is_cuda and max_new_tokens >= 16 else None
+        for _ in range(max_new_tokens - 1):
+            if step:
+                token = step()
+            else:
                 logits, state = self(token, state)
+                token = sample(logits, *choice)
+            yield token
         return state
 
 
 PREFILL = 4096  # tokens of a prompt that go through the model at once
+
+
+def capture_step(model: FMem, token: Tensor, state: State, temperature, top_k, top_p, generator) -> Callable[[], Tensor] | None:
+    """All layers of a step and the choice of the next token, recorded as one CUDA graph: a function that returns the next
+    token [B] and moves the state on, in place. The memory never grows, so one recording serves for any number of tokens.
+    None, with a line on stderr that says why, where it cannot be recorded."""
+    token, before = token.clone(), [token.clone(), *(h.clone() for h in state)]
+    randomness = torch.cuda.get_rng_state(token.device) if generator is None else generator.get_state()
+
+    def step():
+        logits, _ = model(token, state)
+        token.copy_(sample(logits, temperature, top_k, top_p, generator))
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(token.device)
+    try:
+        if generator is not None:
+            graph.register_generator_state(generator)
+        side.wait_stream(torch.cuda.current_stream(token.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):                          # compiles the kernels and sets up the libraries, outside the graph
+                step()
+        torch.cuda.current_stream(token.device).wait_stream(side)
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as e:
+        graph = None
+        print(f"fmem: no CUDA graph for the steps: {str(e).splitlines()[0]}", file=sys.stderr)
+    for now, then in zip([token, *state], before, strict=True):      # the trial steps have not happened
+        now.copy_(then)
+    if generator is None:
+        torch.cuda.set_rng_state(randomness, token.device)
+    else:
+        generator.set_state(randomness)
+
+    def replay():
+        graph.replay()
+        return token.clone()
+
+    return replay if graph else None
 
 
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
@@ -591,4 +667,5 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
         ordered, where = probs.sort(dim=-1, descending=True, stable=True)
         ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)                  # the first is always kept
         probs = torch.zeros_like(probs).scatter(-1, where, ordered)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    # what torch.multinomial does for one draw, without its checks, for which a GPU would have to be waited for
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)

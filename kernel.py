@@ -29,6 +29,7 @@ import os
 import sys
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -310,13 +311,13 @@ MAX_M, MAX_D = 512, 4096
 
 
 def tiles(m: int, d: int, dtype: torch.dtype) -> dict:
-    """Compile-time numbers for a shape and x's dtype. Chosen so that on sm_80, sm_89 and sm_90 no kernel spills a register
-    or needs more than 99 KB of shared memory; asserted in test_fmem.py."""
+    """Compile-time numbers for a shape (m a multiple of 16) and x's dtype. Chosen so that on sm_80, sm_89 and sm_90 no
+    kernel spills a register or needs more than 99 KB of shared memory, which test_fmem.py asserts."""
     precise, bf16 = dtype == torch.float32, dtype == torch.bfloat16
     C, BD = (32, 32) if precise else (64, 64)
     # fp16 cannot hold kappa, nor TF32 the 24 bits of float32: fp16 is multiplied in TF32, float32 without tensor cores.
     operand = tl.bfloat16 if bf16 and not INTERPRETED else tl.float32       # Triton interprets products of bf16 wrongly
-    return dict(C=C, BM=min(C, max(16, triton.next_power_of_2(m))), BD=BD, OPERAND=operand,
+    return dict(C=C, BM=min(C, triton.next_power_of_2(m)), BD=BD, OPERAND=operand,
                 PRECISION="ieee" if precise else "tf32")
 
 
@@ -334,7 +335,7 @@ def launches(m: int, d: int, dtype: torch.dtype) -> dict:
                 mix=(mix_kernel, dict(small, d=d, BACKWARD=False)),
                 mix_back=(mix_kernel, dict(small, d=d, BACKWARD=True)),
                 read=(read_kernel, dict(dots, BACKWARD=False)),
-                read_back=(read_kernel, dict(dots, BACKWARD=True)),
+                read_back=(read_kernel, dict(dots, BACKWARD=True, num_warps=8, num_stages=1)),
                 rows=(rows_kernel, dict(small, d=d)),
                 carry=(carry_kernel, dict(m=m, BM=triton.next_power_of_2(m), num_warps=4)),
                 theta=(theta_kernel, dict(small, num_warps=8)))
@@ -346,7 +347,8 @@ class Launcher:
     def __init__(self, theta: Tensor, x: Tensor):
         (self.B, self.T, self.m), self.d = theta.shape, x.shape[2]
         self.launches, t = launches(self.m, self.d, x.dtype), tiles(self.m, self.d, x.dtype)
-        self.C, self.N, self.MB, self.DB = t["C"], -(-self.T // t["C"]), triton.cdiv(self.m, t["BM"]), triton.cdiv(self.d, t["BD"])
+        self.C, self.N = t["C"], triton.cdiv(self.T, t["C"])
+        self.MB, self.DB = triton.cdiv(self.m, t["BM"]), triton.cdiv(self.d, t["BD"])
         self.low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
     def __call__(self, name: str, *args):
@@ -443,8 +445,8 @@ scan.register_autograd(gradients, setup_context=save)
 def why_not(device: torch.device, m: int, d: int, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run, in a few words; None if they can."""
     if not INTERPRETED:
-        if device.type != "cuda":
-            return f"they need an NVIDIA GPU, not {device.type}"
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return "they need an NVIDIA GPU"
         if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
             return f"they need an NVIDIA GPU of the Ampere generation or newer, not {torch.cuda.get_device_name(device)}"
     if m > MAX_M or d > MAX_D:
@@ -470,8 +472,15 @@ def scan_triton(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None,
     if reason := why_not(x.device, *h0.shape[1:], x.dtype):
         say_once(f"fmem: scan_chunked instead of the Triton kernels: {reason}")
         return scan_chunked(theta, phi, x, h0, eps, recompute=recompute)
+    # Odd shapes are filled up with zeros to multiples of 16, which every load can be aligned to. That changes the mean
+    # square of a row by d / width: phi and eps make up for it.
+    m, d = h0.shape[1:]
+    rows, cols = -m % 16, -d % 16
+    if rows or cols:
+        theta, phi, x, h0 = F.pad(theta, (0, rows)), F.pad(phi, (0, rows)), F.pad(x, (0, cols)), F.pad(h0, (0, cols, 0, rows))
+        phi, eps = phi * (d / (d + cols)) ** 0.5, eps * d / (d + cols)
     y, hT, *_ = scan(*(v.float().contiguous() for v in (theta, phi)), x.contiguous(), h0.contiguous(), eps, recompute)
-    return y, hT
+    return y[..., :d], hT[:, :m, :d].contiguous()
 
 
 @functools.cache
@@ -489,8 +498,13 @@ def step_triton(h: Tensor, x: Tensor, theta: Tensor, phi: Tensor, rows: Tensor |
     if h.dtype != torch.float32 or not h.is_contiguous():
         raise ValueError(f"the state must be float32 and contiguous, not {h.dtype} with strides {h.stride()}")
     y, x, theta, phi = torch.empty_like(x), x.contiguous(), theta.float().contiguous(), phi.float().contiguous()
-    BD = max(16, triton.next_power_of_2(d))
     with torch.cuda.device_of(x):
-        step_kernel[(B,)](h, x, theta if rows is None else rows.contiguous(), theta, phi, y, eps, m, d, k,
-                          BK=max(1, min(triton.next_power_of_2(k), 8192 // BD)), BD=BD, DENSE=rows is None, num_warps=8)
+        step_kernel[(B,)](h, x, theta if rows is None else rows.contiguous(), theta, phi, y, eps, m=m, d=d, k=k,
+                          DENSE=rows is None, num_warps=8, **step_tiles(k, d))
     return y
+
+
+def step_tiles(k: int, d: int) -> dict:
+    """The whole width of a row, and as many rows at once as registers hold."""
+    BD = max(16, triton.next_power_of_2(d))
+    return dict(BK=max(1, min(triton.next_power_of_2(k), 8192 // BD)), BD=BD)

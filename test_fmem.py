@@ -1,4 +1,4 @@
-"""The tests: python -m pytest. No network, no GPU, under a minute on two cores.
+"""The tests: python -m pytest. No network, no GPU, about three minutes on two cores.
 
 The recurrence is held against the paper's equations written out in float64 (`reference`), everything faster against the
 loop, the programs against their own promises. Where a tolerance is not obvious its reason stands beside it.
@@ -25,6 +25,16 @@ import pytest
 import regex
 import torch
 import torch.nn.functional as F
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # before kernel.py imports triton: the kernels run on the CPU, slowly
+try:
+    import triton
+
+    import kernel
+except ImportError:
+    triton = None
 
 import fmem
 import sample as sample_py
@@ -233,6 +243,257 @@ def test_without_float64_the_loop_takes_over():
         scan_chunked(apple, apple, apple)
 
 
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(not GPU, reason="no NVIDIA GPU here: the kernels were run in Triton's interpreter only")
+DEVICE = "cuda" if GPU else "cpu"
+# float32: as for the chunked form. fp16 is multiplied in TF32 and bf16 as it is: 11 and 8 bits, a few roundings each.
+KERNEL_ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def poisoned():
+    """What torch.empty and its like return is full of NaN: an output that is not written is noticed."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def kernel_errors(inputs, dtype):
+    """Relative errors of y, hT and all gradients against the loop in float64 on the same (rounded) x."""
+    inputs = [inputs[0], inputs[1], inputs[2].to(dtype).double(), inputs[3]]
+    want = with_gradients(scan_loop, inputs)
+    inputs = [v if v is None else v.to(DEVICE) for v in inputs]
+    got = with_gradients(lambda theta, phi, x, h0: kernel.scan_triton(theta, phi, x.to(dtype), h0), inputs, torch.float32)
+    assert got[0].dtype == dtype and got[1].dtype == torch.float32
+    return [error(g.cpu(), w) for g, w in zip(got, want, strict=True)]
+
+
+@needs_triton
+@pytest.mark.parametrize("T, m, d, sharp, sparse, h0, dtype", [
+    (1, 6, 10, 3.0, None, True, torch.float32), (1, 2, 1, 3.0, None, False, torch.bfloat16),
+    (5, 17, 33, 0.0, None, True, torch.float32), (5, 3, 70, 30.0, 1, False, torch.float16),
+    (63, 6, 10, 3.0, 2, True, torch.float32), (64, 6, 10, 30.0, None, True, torch.float32),
+    (65, 17, 33, 3.0, None, True, torch.float32), (130, 6, 10, 3.0, None, True, torch.float32),
+    (40, 70, 40, 3.0, 9, True, torch.float32), (63, 5, 65, 3.0, None, True, torch.bfloat16),
+    (64, 20, 10, 3.0, 4, True, torch.float16), (65, 6, 10, 0.0, None, False, torch.bfloat16),
+    (130, 6, 10, 30.0, None, True, torch.bfloat16), (33, 130, 20, 3.0, 8, True, torch.bfloat16)])
+def test_kernels_are_the_loop(poisoned, T, m, d, sharp, sparse, h0, dtype):
+    """Every kernel, with theta of exactly 0 and 1, a state in, and gradients into hT and out of h0."""
+    errors = kernel_errors(scan_inputs(T=T, m=m, d=d, sharp=sharp, sparse=sparse, h0=h0), dtype)
+    assert max(errors) < KERNEL_ERROR[dtype], errors
+
+
+@needs_triton
+def test_kernels_recompute_is_bit_for_bit():
+    inputs = [v.to(DEVICE) for v in scan_inputs(T=40)]
+    kept, again = (with_gradients(kernel.scan_triton, inputs, torch.float32, recompute=flag) for flag in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("output", [0, 1])
+def test_kernels_with_one_output_unused(output, poisoned):
+    leaves = [v.float().to(DEVICE).requires_grad_() for v in scan_inputs(T=9)]
+    got = torch.autograd.grad(kernel.scan_triton(*leaves)[output].square().sum(), leaves, materialize_grads=True)
+    want = torch.autograd.grad(scan_loop(*leaves)[output].square().sum(), leaves, materialize_grads=True)
+    assert all(error(g, w) < 2e-6 for g, w in zip(got, want, strict=True))
+
+
+@needs_triton
+def test_kernels_are_one_node_for_the_compiler_and_take_strided_inputs():
+    torch._dynamo.reset()
+    inputs = [v.float().to(DEVICE) for v in scan_inputs(T=9)]
+    want = with_gradients(kernel.scan_triton, inputs, torch.float32)
+    compiled = torch.compile(kernel.scan_triton, fullgraph=True, backend="aot_eager")
+    strided = [v.mT.contiguous().mT for v in inputs]
+    for form, given in ((compiled, inputs), (kernel.scan_triton, strided)):
+        got = with_gradients(form, given, torch.float32)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    torch.library.opcheck(kernel.scan, (*inputs, 1e-5, False), test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_triton
+def test_kernels_say_why_they_do_not_run(capfd):
+    kernel.say_once.cache_clear()
+    inputs = scan_inputs(T=5)
+    for _ in range(2):
+        got = kernel.scan_triton(*inputs)                           # float64
+    assert all(torch.equal(g, w) for g, w in zip(got, scan_chunked(*inputs), strict=True))
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1 and "float32, bf16 and fp16, not torch.float64" in line
+    assert "m up to 512" in kernel.why_not(torch.device(DEVICE), 513, 8, torch.float32)
+    assert "d up to 4096" in kernel.why_not(torch.device(DEVICE), 8, 4097, torch.float32)
+    with pytest.raises(ValueError, match="the state must be"):
+        kernel.scan_triton(*inputs[:3], inputs[3][:, 1:])
+
+
+def test_without_a_gpu_or_triton_the_chunked_form_is_taken(monkeypatch):
+    fmem.no_kernel.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernel, "INTERPRETED", False, raising=False)
+    for scan in ("auto", "kernel"):
+        form, why = fmem.choose_scan(scan, "cuda", 8, 8)
+        assert form == "chunked" and "NVIDIA GPU" in why
+    assert fmem.choose_scan("auto", "cpu")[0] == "chunked"
+    fmem.no_kernel.cache_clear()
+    monkeypatch.setitem(sys.modules, "kernel", None)                # import kernel raises ImportError
+    assert "not installed" in fmem.choose_scan("kernel", "cuda", 8, 8)[1]
+    fmem.no_kernel.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize("k", [None, 1, 5])
+def test_step_kernel_touches_only_its_rows(k, poisoned):
+    g = torch.Generator().manual_seed(0)
+    h, x = torch.randn(3, 20, 70, generator=g), torch.randn(3, 70, generator=g)
+    theta, phi = torch.rand(2, 3, k or 20, generator=g)
+    theta[0, 0], theta[1, 0] = 0.0, 1.0
+    rows = k and torch.stack([torch.randperm(20, generator=g)[:k] for _ in range(3)])
+    full = [v if k is None else torch.zeros(3, 20).scatter(1, rows, v) for v in (theta, phi)]
+    want_y, want_h = scan_loop(*(v[:, None].double() for v in full), x[:, None].double(), h.double())
+    now, rows = h.clone().to(DEVICE), rows if k is None else rows.to(DEVICE)
+    y = kernel.step_triton(now, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows).cpu()
+    assert error(y, want_y[:, 0]) < 1e-6 and error(now.cpu(), want_h) < 1e-6        # a few roundings of 2^-24
+    if k:
+        others = torch.ones(3, 20, dtype=torch.bool).scatter(1, rows.cpu(), False)
+        assert torch.equal(now.cpu()[others], h[others])
+    with pytest.raises(ValueError, match="float32 and contiguous"):
+        kernel.step_triton(now.mT.contiguous().mT, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows)
+
+
+@needs_triton
+@pytest.mark.parametrize("k_rows", [None, 3])
+def test_model_on_the_kernels(k_rows):
+    """Full pass, step by step and generation on the kernels: what the loop gives."""
+    fmem.no_kernel.cache_clear()
+    models = [FMem(tiny(k_rows=k_rows, scan=scan)).to(DEVICE).eval() for scan in ("loop", "kernel")]
+    models[1].load_state_dict(models[0].state_dict())
+    tokens = torch.randint(50, (2, 20), device=DEVICE)
+    with torch.no_grad():
+        want, state = models[0](tokens)
+        got, got_state = models[1](tokens)
+        steps, step_state = by_steps(models[1], tokens)
+    for g, w in [(got, want), (torch.stack(steps, 1), want), *zip(got_state, state, strict=True),
+                 *zip(step_state, state, strict=True)]:
+        assert error(g, w) < 1e-5                                   # float32 through two layers
+    texts = [list(m.generate(tokens[:, :5], 20, temperature=0)) for m in models]
+    assert torch.equal(torch.stack(texts[0]), torch.stack(texts[1]))
+
+
+def by_steps(model, tokens):
+    """Logits of each step, and the last state."""
+    logits, state = [], None
+    for token in tokens.unbind(1):
+        out, state = model(token, state)
+        logits.append(out)
+    return logits, state
+
+
+# All tile configurations that ship: a dtype and a block of rows each, with one block, and several with a rest; the largest.
+SHIPPED = [(dtype, m, d) for dtype in KERNEL_ERROR for m, d in ((16, 1024), (32, 1024), (64, 1024), (80, 48))]
+SHIPPED += [(torch.bfloat16, 512, 4096)]
+
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump" if triton else None
+
+
+def compile_kernels(capability):
+    """A line of JSON for every kernel and shipped configuration: registers, bytes of local (spilled) and shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    for dtype, m, d in SHIPPED:
+        low = "*bf16" if dtype == torch.bfloat16 else "*fp32"
+        types = {**dict.fromkeys("write w1 w2 wF states states1 states2".split(), low),
+                 **dict.fromkeys("x v v1 v2 out y".split(), name[dtype]), "T": "i32", "N": "i32", "eps": "fp32", "rows": "*i64"}
+        step = dict(m=m, d=d, k=m // 4, DENSE=False, num_warps=8, **kernel.step_tiles(m // 4, d))
+        for label, (function, options) in {**kernel.launches(m, d, dtype), "step": (kernel.step_kernel, step)}.items():
+            launch = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
+            constants = {k: v for k, v in options.items() if k not in launch}
+            signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in function.arg_names}
+            aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(function.arg_names) if signature[n].startswith("*")}
+            source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+            binary = Path(os.environ["TRITON_CACHE_DIR"], f"{capability}.cubin")
+            binary.write_bytes(compiled.asm["cubin"])
+            done = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True)
+            use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+            print(json.dumps({"kernel": label, "dtype": str(dtype), "m": m, "d": d, "registers": use["REG"],
+                              "spilled": use["STACK"] + use["LOCAL"], "shared": compiled.metadata.shared}))
+
+
+@needs_triton
+def test_kernels_compile_without_spills_in_99_kb(tmp_path):
+    """For sm_80, sm_89 and sm_90, on a machine without a GPU (and not in the interpreter, hence processes of their own)."""
+    if not CUOBJDUMP.exists():
+        pytest.skip("Triton comes without NVIDIA's tools here")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = "import test_fmem; test_fmem.compile_kernels({})"
+    for process in [subprocess.Popen([sys.executable, "-W", "ignore", "-c", run.format(capability)], cwd=HERE, env=env, text=True,
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE) for capability in (80, 89, 90)]:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert len(rows) == 14 * len(SHIPPED)
+        assert not [row for row in rows if row["spilled"] or row["shared"] > 99 * 1024]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype, m, d", SHIPPED[:-1])
+def test_gpu_kernels_are_the_loop(poisoned, dtype, m, d):
+    """Every shipped configuration as compiled for this GPU, all gradients, against float64."""
+    for T, sharp, sparse in ((200, 3.0, None), (64, 30.0, None), (129, 3.0, max(1, m // 4))):
+        errors = kernel_errors(scan_inputs(T=T, m=m, d=d, sharp=sharp, sparse=sparse), dtype)
+        assert max(errors) < KERNEL_ERROR[dtype], (T, sharp, sparse, errors)
+
+
+@needs_gpu
+def test_gpu_more_than_2_to_the_31_numbers():
+    """The last text of a batch with B T d above 2^31 comes out as it does alone."""
+    B, T, m, d = 3, 2**20, 16, 1024
+    theta, phi = torch.rand(2, B, T, m, device="cuda")
+    x = torch.randn(B, T, d, device="cuda", dtype=torch.bfloat16)
+    y, hT = kernel.scan_triton(theta, phi, x)
+    want_y, want_hT = kernel.scan_triton(theta[2:], phi[2:], x[2:])
+    assert torch.equal(y[2:], want_y) and torch.equal(hT[2:], want_hT)
+
+
+@needs_gpu
+def test_gpu_compiled_model_is_the_eager_one():
+    model = FMem(tiny(d_model=64, d_memory=64)).cuda()
+    tokens = torch.randint(50, (2, 100), device="cuda")
+    compiled = torch.compile(model)
+    grads = [torch.autograd.grad(form(tokens)[0].square().mean(), list(model.parameters())) for form in (model, compiled)]
+    assert all(error(g, w) < 1e-4 for g, w in zip(*grads, strict=True))     # float32, fused in another order
+
+
+@needs_gpu
+def test_gpu_training_agrees_with_and_without_the_kernels(corpus, tmp_path):
+    losses = []
+    for scan in ("kernel", "chunked"):
+        train_py.train(settings(corpus, tmp_path / scan, scan=scan, device="cuda", dtype="fp32", max_steps=100, dropout=0.0))
+        losses.append([loss for _, loss in log_rows(tmp_path / scan, "train_loss")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)          # rounding grows with the steps
+
+
+@needs_gpu
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_gpu_generation_from_a_graph_is_the_eager_one(temperature, monkeypatch):
+    model, tokens = FMem(tiny()).cuda().eval(), torch.randint(50, (3, 9), device="cuda")
+
+    def run():
+        g = torch.Generator("cuda").manual_seed(1)
+        return torch.stack(list(model.generate(tokens, 50, temperature, generator=g)))
+
+    graph = run()
+    monkeypatch.setattr(fmem, "capture_step", lambda *a: None)
+    assert torch.equal(graph, run())
+
+
 # ------------------------------------------------------------------------------------------------------ layer and model
 
 def test_k_equal_m_is_dense():
@@ -400,7 +661,7 @@ def test_overfits_one_batch():
 @pytest.mark.parametrize("field, value", [
     ("vocab_size", 0), ("n_layer", -1), ("d_model", 2.5), ("n_rows", 0), ("k_rows", 9), ("k_rows", 0), ("tau", 0),
     ("tau", math.nan), ("tau", math.inf), ("dropout", 1.0), ("norm_eps", 0), ("alpha_std", -1), ("chunk_size", 33),
-    ("chunk_size", 0), ("scan", "kernel"), ("scan", "fast"), ("d_mlp", "wide"), ("d_memory", True)])
+    ("chunk_size", 0), ("scan", "fast"), ("d_mlp", "wide"), ("d_memory", True)])
 def test_config_says_what_is_wrong(field, value):
     with pytest.raises(ValueError, match=field):
         tiny(**{field: value})
@@ -868,7 +1129,7 @@ def test_trains_in_bf16(corpus, run20, tmp_path):
     (["--max_steps", "many"], "whole number"), (["--lr", "nan"], "number"), (["--max_steps", "0"], "--max_steps must be"),
     (["--k_rows", "99"], "k_rows must be"), (["--device", "gpu"], "not a device"),
     (["--context", "99999999"], "--context must be"),
-    (["--data", "nowhere"], "not a prepared folder"), (["--resume"], "there is no"), (["--scan", "kernel"], "not exist yet"),
+    (["--data", "nowhere"], "not a prepared folder"), (["--resume"], "there is no"), (["--scan", "fast"], "scan must be"),
     (["--micro_batch", "3"], "--micro_batch"), (["--preset", "tpu"], "--preset must be"), (["--seed", "-1"], "--seed must be"),
     (["--dtype", "int8"], "--dtype must be")])
 def test_train_command_says_what_is_wrong(options, message, corpus, tmp_path, capsys):

@@ -63,7 +63,7 @@ class Settings:
     alpha_std: float = option(FMemConfig.alpha_std, "spread of the affinity's logits at initialisation")
     d_mlp: int | None = option(None, "hidden width of the MLP (none: 8/3 d_model)")
     dropout: float = option("preset", "on the embedding and on what each layer adds")
-    scan: str = option("auto", "form of the recurrence: auto, loop or chunked")
+    scan: str = option("auto", "form of the recurrence: auto, loop, chunked or kernel")
     # the training
     context: int = option("preset", "tokens per training window")
     batch_size: int = option("preset", "windows per step, over all processes")
@@ -464,7 +464,7 @@ def train(given):
 
     n_params = sum(p.numel() for p in model.parameters())
     say(f"device    {device} ({why_device})\ndtype     {str(dtype)[6:]} ({why_dtype})")
-    say("scan      {} ({})".format(*choose_scan(config.scan, device)))
+    say("scan      {} ({})".format(*choose_scan(config.scan, device, config.n_rows, config.d_memory)))
     say(f"data      {meta['corpus']}: {meta['train']['bytes']:,} bytes, {len(train_tokens):,} tokens to train on")
     say("settings  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(s).items()))
     say(f"model     {n_params:,} parameters; d_memory={config.d_memory} d_mlp={config.d_mlp} vocab_size={config.vocab_size}")
