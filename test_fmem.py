@@ -1105,7 +1105,7 @@ def test_two_processes_train_like_one(corpus, tmp_path):
     options = [w for k, v in given.items() if k != "out" for w in (f"--{k}", str(v))]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(HERE / "train.py"), "--out", str(tmp_path / "two"), *options],
-                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
     two = train_py.load_checkpoint(tmp_path / "two/last.pt")
     for column in ("train_loss", "val_loss"):

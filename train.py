@@ -570,6 +570,9 @@ def train(given):
             where = "" if out == Path("out") else f" --checkpoint {out / 'best.pt'}"
             say(f"done      {elapsed_before + time.perf_counter() - start:.0f} s; python sample.py{where} writes more")
     if world > 1:
+        # Freed while gloo's thread still lets go of the last result, DDP waits for that thread with Python's lock in hand,
+        # which the thread waits for: forever. So give it a moment.
+        time.sleep(0.5)
         dist.destroy_process_group()
     return snapshot() if rank == 0 else None
 
