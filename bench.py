@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import fmem
-from fmem import FMem, FMemConfig, scan_chunked, scan_loop
+from fmem import PREFILL, FMem, FMemConfig, scan_chunked, scan_loop
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -45,10 +45,12 @@ def clock(runs, repeats, device=DEVICE):
     return {name: (q[1], q[0], q[2]) for name, q in quarters.items()}
 
 
-def inputs(B, T, m, d, dtype=torch.float32, device=DEVICE):
+def inputs(B, T, m, d, dtype=torch.float32, k=None, device=DEVICE):
     """theta, phi, x, h0 of a memory that routes sharply (about a third of the weight on the first row), and dy."""
     g = torch.Generator().manual_seed(0)
     alpha = torch.softmax(torch.randn(B, T, m, generator=g) * 3, -1)
+    if k:
+        alpha = torch.zeros_like(alpha).scatter(-1, *alpha.topk(k, -1)[::-1])
     theta = torch.rand(B, T, 1, generator=g) * alpha
     x, dy = torch.randn(2, B, T, d, generator=g)
     leaves = [v.to(device).requires_grad_() for v in (theta, alpha, x.to(dtype), torch.zeros(B, m, d))]
@@ -222,7 +224,11 @@ def show(t):
 
 def peak_memory(form, T, m, direction):
     """Bytes that a form needs at most beyond its arguments, in a process of its own."""
-    code = f"import bench; bench.print_peak({form!r}, {T}, {m}, {direction!r})"
+    return in_a_process(f"print_peak({form!r}, {T}, {m}, {direction!r})")
+
+
+def in_a_process(call):
+    code = f"import bench; bench.{call}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(__file__) or ".")
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -230,19 +236,33 @@ def peak_memory(form, T, m, direction):
 
 
 def print_peak(form, T, m, direction):
-    d, B = (1024, 8) if GPU else (256, 8)
-    scan = forms(m, d)[form]
-    for warm_up in (True, False):
-        leaves, dy = inputs(B, 32 if warm_up else T, m, d, torch.bfloat16 if GPU else torch.float32)
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if GPU else resident("VmRSS")
-        if not GPU and not warm_up:
-            with open("/proc/self/clear_refs", "w") as f:       # the high-water mark starts anew
-                f.write("5")
-        forward(scan, leaves) if direction == "forward" else both(scan, leaves, dy)
-        if not warm_up:
-            print((torch.cuda.max_memory_allocated() if GPU else resident("VmHWM")) - before)
+    d, scan = 1024 if GPU else 256, forms(m, 1024 if GPU else 256)[form]
+    for tokens in (32, T):                                      # the first to warm up
+        leaves, dy = inputs(8, tokens, m, d, torch.bfloat16 if GPU else torch.float32)
+        peak = measure_peak(lambda: forward(scan, leaves) if direction == "forward" else both(scan, leaves, dy))  # noqa: B023
+    print(peak)
+
+
+def print_prompt_peak(T):
+    model = FMem(FMemConfig(vocab_size=1025, d_model=64, n_layer=2, n_rows=16, k_rows=4)).to(DEVICE).eval()
+    for tokens in (PREFILL, T):
+        prompt = torch.zeros(1, tokens, dtype=torch.long, device=DEVICE)
+        peak = measure_peak(lambda: list(model.generate(prompt, 2)))   # noqa: B023
+    print(peak)
+
+
+def measure_peak(f):
+    """Bytes used at most while f() runs, beyond those before it."""
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated() - before
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as reset:           # the high-water mark starts anew
+        reset.write("5")
+    f()
+    return resident("VmHWM") - before
 
 
 def resident(which):
@@ -251,7 +271,7 @@ def resident(which):
 
 
 def table_memory(quick):
-    """(a) Peak memory."""
+    """(a) Peak memory of the scan, and of a prompt by its length (beyond what a prompt of 4,096 tokens has left allocated)."""
     if not GPU and not os.path.exists("/proc/self/clear_refs"):
         print("peak memory: only on Linux")
         return []
@@ -266,6 +286,10 @@ def table_memory(quick):
         rows.append(row)
         print(f"memory {direction:8s}" + "".join(f"  {k} {v / 2**20:.0f} MiB" for k, v in row.items() if isinstance(v, int)
                                                  and k not in ("T", "m")) + f"  loop/chunked {row['loop_over_chunked']:.1f}")
+    lengths = (2**13, 2**14) if quick else (2**14, 2**20)
+    row = dict(table="prompt", bytes={str(T): in_a_process(f"print_prompt_peak({T})") for T in lengths})
+    rows.append(row)
+    print("memory for a prompt" + "".join(f"  {int(T):,} tokens {v / 2**20:.1f} MiB" for T, v in row["bytes"].items()))
     return rows
 
 
@@ -275,10 +299,10 @@ def table_growth(quick):
     rows = []
     name = next(iter(forms(middle["m"], middle["d"])))
     scan = forms(middle["m"], middle["d"])[name]
-    for what, factors in (("T", (1, 2, 4, 8)), ("m", (0.25, 0.5, 1, 2, 4)), ("d", (0.25, 0.5, 1, 2))):
+    for what, factors in (("T", (1, 2, 4, 8)), ("m", (0.25, 0.5, 1, 2, 4)), ("k", (0.0625, 0.25, 1)), ("d", (0.25, 0.5, 1, 2))):
         runs = {}
         for factor in factors:
-            shape = dict(middle, **{what: int(middle[what] * factor)})
+            shape = dict(middle, **{what: int(middle["m" if what == "k" else what] * factor)})
             runs[shape[what]] = functools.partial(both, scan, *inputs(4, dtype=torch.bfloat16 if GPU else torch.float32, **shape))
         times = clock(runs, 3 if quick else 7)
         rows.append(dict(table="growth", form=name, what=what, middle=middle, B=4, seconds={str(k): v for k, v in times.items()}))
