@@ -106,9 +106,9 @@ def scan_loop(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None, e
     theta, phi, xs, h = wide(theta), wide(phi), wide(x), initial_state(theta, x, h0)
     ys = []
     with torch.autocast(x.device.type, enabled=False):
-        for t in range(x.shape[1]):
-            h = torch.lerp(h, xs[:, t, None].expand_as(h), theta[:, t, :, None])    # eq. 10
-            q = phi[:, t] * torch.rsqrt(h.square().mean(-1) + eps)                  # read weight over the row's rms
+        for theta_t, phi_t, x_t in zip(theta.unbind(1), phi.unbind(1), xs.unbind(1), strict=True):
+            h = torch.lerp(h, x_t[:, None].expand_as(h), theta_t[..., None])        # eq. 10
+            q = phi_t * torch.rsqrt(h.square().mean(-1) + eps)                      # read weight over the row's rms
             ys.append((q[:, None] @ h)[:, 0])                                       # eq. 11
     return torch.stack(ys, 1).to(x.dtype), h
 
@@ -352,7 +352,7 @@ def _(theta, phi, x, h0, states, dy, dhT, eps, C):
 def save(ctx, inputs, output):
     *tensors, ctx.eps, ctx.C, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)            # or the states would get a gradient of zeros
 
 
 def gradients(ctx, dy, dhT, _):
@@ -366,15 +366,16 @@ chunked.register_autograd(gradients, setup_context=save)
 
 @torch.compiler.assume_constant_result
 def choose_scan(scan: str, device: torch.device | str, m: int = 1, d: int = 1) -> tuple[str, str]:
-    """The form that config.scan means for m rows of d numbers on a device: "loop", "chunked" or "kernel", and why."""
+    """The form that config.scan means for m rows of d numbers on a device: "loop", "chunked" or "kernel", and why.
+
+    Where the kernels would be taken but cannot be, one line on stderr says why not."""
     device = torch.device(device)
     if scan in ("loop", "chunked"):
         return scan, "as asked"
     if scan == "kernel" or device.type == "cuda":
-        why_not = no_kernel(device, m, d)
-        if why_not is None:
+        if no_kernel(device, m, d) is None:
             return "kernel", "as asked" if scan == "kernel" else "Triton kernels"
-        return "chunked", f"matrix products; not the Triton kernels: {why_not}"
+        return "chunked", "matrix products"
     if device.type == "mps":
         return "loop", "the chunked form needs float64, which Apple GPUs lack"
     return "chunked", "matrix products, the fastest form here"
@@ -385,9 +386,12 @@ def no_kernel(device: torch.device, m: int, d: int) -> str | None:
     """Why kernel.py cannot be used, or None. It is imported here and in the layer only: fmem.py works without Triton."""
     try:
         import kernel
+        why_not = kernel.why_not(device, m, d, torch.float32)
     except ImportError as e:
-        return f"{e.name or e} is not installed"
-    return kernel.why_not(device, m, d, torch.float32)
+        why_not = f"{e.name or e} is not installed"
+    if why_not:
+        print(f"fmem: scan_chunked instead of the Triton kernels: {why_not}", file=sys.stderr, flush=True)
+    return why_not
 
 
 # --------------------------------------------------------------------------------------------------------- the layer
@@ -446,7 +450,7 @@ class FactorizationMemory(nn.Module):
         if h is None:
             h = wide(xbar).new_zeros(len(x_t), self.config.n_rows, self.config.d_memory)
         grad, eps = torch.is_grad_enabled(), self.config.norm_eps
-        if not grad and self.form(x_t.device) == "kernel":
+        if not grad and h.dtype == torch.float32 and h.is_contiguous() and self.form(x_t.device) == "kernel":
             from kernel import step_triton
             return self.W_o(step_triton(h, xbar, theta, phi, rows, eps)), h
         xbar = wide(xbar)[:, None]

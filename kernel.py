@@ -342,13 +342,13 @@ def launches(m: int, d: int, dtype: torch.dtype) -> dict:
 
 
 class Launcher:
-    """Launches by name over chunks and blocks of rows ("rows"), of columns ("cols") or both ("states")."""
+    """Launches of `launches` by name, each over the chunks, and blocks of rows or columns, that its kernel divides."""
 
     def __init__(self, theta: Tensor, x: Tensor):
         (self.B, self.T, self.m), self.d = theta.shape, x.shape[2]
         self.launches, t = launches(self.m, self.d, x.dtype), tiles(self.m, self.d, x.dtype)
-        self.C, self.N = t["C"], triton.cdiv(self.T, t["C"])
-        self.MB, self.DB = triton.cdiv(self.m, t["BM"]), triton.cdiv(self.d, t["BD"])
+        self.C, self.N = t["C"], -(-self.T // t["C"])
+        self.MB, self.DB = -(-self.m // t["BM"]), -(-self.d // t["BD"])
         self.low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
     def __call__(self, name: str, *args):
@@ -372,7 +372,8 @@ def common(run: Launcher, theta, x, h0):
 
 @torch.library.custom_op("fmem::scan", mutates_args=())
 def scan(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float, recompute: bool) -> list[Tensor]:
-    """scan_triton for contiguous arguments: y, hT and, unless recompute, what the gradient needs of `common`."""
+    """scan_triton for m and d in multiples of 16: y, hT and, unless recompute, what the gradient needs of `common`."""
+    theta, phi, x, h0 = (v.contiguous() for v in (theta, phi, x, h0))
     run = Launcher(theta, x)
     with torch.cuda.device_of(x):
         write, suffix, keep, states, hT, S, K, n0 = common(run, theta, x, h0)
@@ -386,6 +387,7 @@ def scan(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float, recomput
 def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, kept: list[Tensor], dy: Tensor, dhT: Tensor,
                   eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of theta, phi, x and h0."""
+    theta, phi, x, h0, dy, dhT = (v.contiguous() for v in (theta, phi, x, h0, dy, dhT))
     run = Launcher(theta, x)
     with torch.cuda.device_of(x):
         if kept:
@@ -416,24 +418,25 @@ def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, kept: list[
 @scan.register_fake
 def _(theta, phi, x, h0, eps, recompute):
     run = Launcher(theta, x)
-    kept = [x.new_empty(run.B, run.N, run.m, run.d, dtype=run.low), torch.empty_like(theta),
+    kept = [x.new_empty(run.B, run.N, run.m, run.d, dtype=run.low), theta.new_empty(theta.shape),
             theta.new_empty(run.B, run.N, run.C, run.C), theta.new_empty(run.B, run.N, run.m)]
-    return [torch.empty_like(x), torch.empty_like(h0)] + ([] if recompute else kept)
+    return [x.new_empty(x.shape), h0.new_empty(h0.shape)] + ([] if recompute else kept)
 
 
 @scan_backward.register_fake
 def _(theta, phi, x, h0, kept, dy, dhT, eps):
-    return tuple(torch.empty_like(v) for v in (theta, phi, x, h0))
+    return tuple(v.new_empty(v.shape) for v in (theta, phi, x, h0))
 
 
 def save(ctx, inputs, output):
     *tensors, ctx.eps, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
+    ctx.set_materialize_grads(False)                # or the states would get a gradient of zeros
 
 
 def gradients(ctx, grads):
     theta, phi, x, h0, *kept = ctx.saved_tensors
-    dy, dhT = (torch.zeros_like(v) if g is None else g.contiguous() for g, v in zip(grads, (x, h0), strict=False))
+    dy, dhT = (torch.zeros_like(v) if g is None else g for g, v in zip(grads, (x, h0), strict=False))
     return *scan_backward(theta, phi, x, h0, kept, dy, dhT, ctx.eps), None, None
 
 
@@ -479,7 +482,7 @@ def scan_triton(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None,
     if rows or cols:
         theta, phi, x, h0 = F.pad(theta, (0, rows)), F.pad(phi, (0, rows)), F.pad(x, (0, cols)), F.pad(h0, (0, cols, 0, rows))
         phi, eps = phi * (d / (d + cols)) ** 0.5, eps * d / (d + cols)
-    y, hT, *_ = scan(*(v.float().contiguous() for v in (theta, phi)), x.contiguous(), h0.contiguous(), eps, recompute)
+    y, hT, *_ = scan(theta.float(), phi.float(), x, h0, eps, recompute)
     return y[..., :d], hT[:, :m, :d].contiguous()
 
 

@@ -36,6 +36,7 @@ try:
 except ImportError:
     triton = None
 
+import bench
 import fmem
 import sample as sample_py
 import train as train_py
@@ -337,18 +338,24 @@ def test_kernels_say_why_they_do_not_run(capfd):
         kernel.scan_triton(*inputs[:3], inputs[3][:, 1:])
 
 
-def test_without_a_gpu_or_triton_the_chunked_form_is_taken(monkeypatch):
+@pytest.fixture
+def fresh_choice():
     fmem.no_kernel.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(kernel, "INTERPRETED", False, raising=False)
-    for scan in ("auto", "kernel"):
-        form, why = fmem.choose_scan(scan, "cuda", 8, 8)
-        assert form == "chunked" and "NVIDIA GPU" in why
-    assert fmem.choose_scan("auto", "cpu")[0] == "chunked"
+    yield
     fmem.no_kernel.cache_clear()
-    monkeypatch.setitem(sys.modules, "kernel", None)                # import kernel raises ImportError
-    assert "not installed" in fmem.choose_scan("kernel", "cuda", 8, 8)[1]
+
+
+def test_without_a_gpu_or_triton_the_chunked_form_is_taken(fresh_choice, monkeypatch, capfd):
+    assert fmem.choose_scan("auto", "cpu")[0] == "chunked" and not capfd.readouterr().err
+    if triton:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(kernel, "INTERPRETED", False)
+        assert fmem.choose_scan("auto", "cuda", 8, 8)[0] == fmem.choose_scan("kernel", "cuda", 8, 8)[0] == "chunked"
+        assert re.fullmatch("fmem: scan_chunked instead of .* NVIDIA GPU\n", capfd.readouterr().err)     # once
     fmem.no_kernel.cache_clear()
+    monkeypatch.setitem(sys.modules, "kernel", None)                # import kernel raises ImportError, as without Triton
+    layer = FactorizationMemory(tiny(scan="kernel"))
+    assert layer(torch.randn(1, 3, 16))[0].isfinite().all() and "not installed" in capfd.readouterr().err
 
 
 @needs_triton
@@ -373,9 +380,8 @@ def test_step_kernel_touches_only_its_rows(k, poisoned):
 
 @needs_triton
 @pytest.mark.parametrize("k_rows", [None, 3])
-def test_model_on_the_kernels(k_rows):
+def test_model_on_the_kernels(k_rows, fresh_choice):
     """Full pass, step by step and generation on the kernels: what the loop gives."""
-    fmem.no_kernel.cache_clear()
     models = [FMem(tiny(k_rows=k_rows, scan=scan)).to(DEVICE).eval() for scan in ("loop", "kernel")]
     models[1].load_state_dict(models[0].state_dict())
     tokens = torch.randint(50, (2, 20), device=DEVICE)
@@ -1215,6 +1221,18 @@ def test_stream_never_cuts_a_character(corpus, capsys):
     parrot = Parrot()
     made, _ = sample_py.stream(parrot, enc, "", "cpu", 0)
     assert parrot.shown == "é東🙂\ufffda\ufffd[2J" and made == len(said) - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+
+def test_bench(tmp_path, capsys):
+    """Every table, on tiny shapes; the figures are in the file that it names."""
+    bench.main(["--quick", "--out", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert {row["table"] for row in rows} >= {"forms", "growth", "step", "context"}
+    assert all(low <= median <= high for row in rows for median, low, high in row.get("seconds", {}).values())
+    assert all(row["share_of_roofline"] > 0 for row in rows if row["table"] == "forms")
+    assert "b.json" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------------- README
