@@ -453,10 +453,11 @@ class FactorizationMemory(nn.Module):
         if not grad and h.dtype == torch.float32 and h.is_contiguous() and self.form(x_t.device) == "kernel":
             from kernel import step_triton
             return self.W_o(step_triton(h, xbar, theta, phi, rows, eps)), h
-        xbar = wide(xbar)[:, None]
+        xbar, part = wide(xbar)[:, None], h
         if rows is not None:
-            rows = rows[..., None].expand(-1, -1, h.shape[-1])
-        part = h if rows is None else h.gather(1, rows)
+            table = h.contiguous().flatten(0, 1)                                        # the rows of all texts
+            at = (rows + torch.arange(len(h), device=h.device)[:, None] * h.shape[1]).flatten()
+            part = table.index_select(0, at).unflatten(0, rows.shape)
         with torch.autocast(x_t.device.type, enabled=False):
             part = (part.lerp if grad else part.lerp_)(xbar.expand_as(part), theta[..., None])  # eq. 10
             q = phi * torch.rsqrt(torch.linalg.vector_norm(part, dim=-1).square() / part.shape[-1] + eps)
@@ -464,7 +465,7 @@ class FactorizationMemory(nn.Module):
         if rows is None:
             h = part
         else:
-            h = h.scatter(1, rows, part) if grad else h.scatter_(1, rows, part)
+            h = (table.index_copy if grad else table.index_copy_)(0, at, part.flatten(0, 1)).view_as(h)
         return self.W_o(y_t.to(x_t.dtype)), h
 
 
