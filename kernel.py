@@ -371,8 +371,9 @@ def common(run: Launcher, theta, x, h0):
 
 
 @torch.library.custom_op("fmem::scan", mutates_args=())
-def scan(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float, recompute: bool) -> list[Tensor]:
-    """scan_triton for m and d in multiples of 16: y, hT and, unless recompute, what the gradient needs of `common`."""
+def scan(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float,
+         recompute: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """scan_triton for m and d in multiples of 16: y, hT and what the gradient needs of `common`, empty if recompute."""
     theta, phi, x, h0 = (v.contiguous() for v in (theta, phi, x, h0))
     run = Launcher(theta, x)
     with torch.cuda.device_of(x):
@@ -380,18 +381,17 @@ def scan(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float, recomput
         y, A, qF = torch.empty_like(x), theta.new_empty(run.MB, run.B * run.N, run.C, run.C), torch.empty_like(write)
         run("mix", theta, phi, S, K, n0, suffix, suffix, keep, A, qF, eps)
         run("read", qF, states, A, x, qF, states, A, x, y)
-    return [y, hT] if recompute else [y, hT, states, S, K, n0]
+    return y, hT, *(v.new_empty(0) if recompute else v for v in (states, S, K, n0))
 
 
 @torch.library.custom_op("fmem::scan_backward", mutates_args=())
-def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, kept: list[Tensor], dy: Tensor, dhT: Tensor,
-                  eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, states: Tensor, S: Tensor, K: Tensor, n0: Tensor,
+                  dy: Tensor, dhT: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of theta, phi, x and h0."""
     theta, phi, x, h0, dy, dhT = (v.contiguous() for v in (theta, phi, x, h0, dy, dhT))
     run = Launcher(theta, x)
     with torch.cuda.device_of(x):
-        if kept:
-            states, S, K, n0 = kept
+        if states.numel():
             write, suffix, keep = torch.empty_like(theta, dtype=run.low), torch.empty_like(theta), torch.empty_like(n0)
             run("decays", theta, write, suffix, keep)
         else:
@@ -418,13 +418,14 @@ def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, kept: list[
 @scan.register_fake
 def _(theta, phi, x, h0, eps, recompute):
     run = Launcher(theta, x)
-    kept = [x.new_empty(run.B, run.N, run.m, run.d, dtype=run.low), theta.new_empty(theta.shape),
-            theta.new_empty(run.B, run.N, run.C, run.C), theta.new_empty(run.B, run.N, run.m)]
-    return [x.new_empty(x.shape), h0.new_empty(h0.shape)] + ([] if recompute else kept)
+    kept = (run.B, run.N, run.m, run.d), theta.shape, (run.B, run.N, run.C, run.C), (run.B, run.N, run.m)
+    states, *numbers = [(0,)] * 4 if recompute else kept
+    return (x.new_empty(x.shape), h0.new_empty(h0.shape), x.new_empty(states, dtype=run.low),
+            *(theta.new_empty(shape) for shape in numbers))
 
 
 @scan_backward.register_fake
-def _(theta, phi, x, h0, kept, dy, dhT, eps):
+def _(theta, phi, x, h0, states, S, K, n0, dy, dhT, eps):
     return tuple(v.new_empty(v.shape) for v in (theta, phi, x, h0))
 
 
@@ -434,10 +435,10 @@ def save(ctx, inputs, output):
     ctx.set_materialize_grads(False)                # or the states would get a gradient of zeros
 
 
-def gradients(ctx, grads):
-    theta, phi, x, h0, *kept = ctx.saved_tensors
-    dy, dhT = (torch.zeros_like(v) if g is None else g for g, v in zip(grads, (x, h0), strict=False))
-    return *scan_backward(theta, phi, x, h0, kept, dy, dhT, ctx.eps), None, None
+def gradients(ctx, dy, dhT, *_):
+    tensors = ctx.saved_tensors
+    dy, dhT = (torch.zeros_like(v) if g is None else g for g, v in zip((dy, dhT), tensors[2:4], strict=True))
+    return *scan_backward(*tensors, dy, dhT, ctx.eps), None, None
 
 
 scan.register_autograd(gradients, setup_context=save)

@@ -291,7 +291,7 @@ def kernel_errors(inputs, dtype):
 def test_kernels_are_the_loop(poisoned, T, m, d, sharp, sparse, h0, dtype):
     """Every kernel, with theta of exactly 0 and 1, a state in, and gradients into hT and out of h0."""
     errors = kernel_errors(scan_inputs(T=T, m=m, d=d, sharp=sharp, sparse=sparse, h0=h0), dtype)
-    assert max(errors) < KERNEL_ERROR[dtype], errors
+    assert all(e < KERNEL_ERROR[dtype] for e in errors), errors
 
 
 @needs_triton
@@ -320,7 +320,9 @@ def test_kernels_are_one_node_for_the_compiler_and_take_strided_inputs():
     for form, given in ((compiled, inputs), (kernel.scan_triton, strided)):
         got = with_gradients(form, given, torch.float32)
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
-    torch.library.opcheck(kernel.scan, (*inputs, 1e-5, False), test_utils=("test_schema", "test_faketensor"))
+    inputs = [v.float().to(DEVICE) for v in scan_inputs(T=9, m=16, d=16)]       # the operator itself takes these only
+    for recompute in (False, True):
+        torch.library.opcheck(kernel.scan, (*inputs, 1e-5, recompute), test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_triton
@@ -441,6 +443,8 @@ def compile_kernels(capability):
 @needs_triton
 def test_kernels_compile_without_spills_in_99_kb(tmp_path):
     """For sm_80, sm_89 and sm_90, on a machine without a GPU (and not in the interpreter, hence processes of their own)."""
+    if tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 3):
+        pytest.skip(f"compiling without a GPU is asked for in another way in Triton {triton.__version__}")
     if not CUOBJDUMP.exists():
         pytest.skip("Triton comes without NVIDIA's tools here")
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
@@ -460,7 +464,7 @@ def test_gpu_kernels_are_the_loop(poisoned, dtype, m, d):
     """Every shipped configuration as compiled for this GPU, all gradients, against float64."""
     for T, sharp, sparse in ((200, 3.0, None), (64, 30.0, None), (129, 3.0, max(1, m // 4))):
         errors = kernel_errors(scan_inputs(T=T, m=m, d=d, sharp=sharp, sparse=sparse), dtype)
-        assert max(errors) < KERNEL_ERROR[dtype], (T, sharp, sparse, errors)
+        assert all(e < KERNEL_ERROR[dtype] for e in errors), (T, sharp, sparse, errors)
 
 
 @needs_gpu
