@@ -407,6 +407,15 @@ def by_steps(model, tokens):
     return logits, state
 
 
+@pytest.mark.parametrize("scan", ["auto", pytest.param("kernel", marks=needs_triton)])
+def test_the_graph_of_a_compiled_model_is_whole(scan, fresh_choice):
+    torch._dynamo.reset()
+    model, tokens = FMem(tiny(scan=scan)).to(DEVICE), torch.randint(50, (2, 20), device=DEVICE)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")            # fullgraph: a break is an error
+    want, got = (torch.autograd.grad(form(tokens)[0].square().mean(), list(model.parameters())) for form in (model, compiled))
+    assert all(error(g, w) < 1e-5 for g, w in zip(got, want, strict=True))          # float32, the same operations
+
+
 # All tile configurations that ship: a dtype and a block of rows each, with one block, and several with a rest; the largest.
 SHIPPED = [(dtype, m, d) for dtype in KERNEL_ERROR for m, d in ((16, 1024), (32, 1024), (64, 1024), (80, 48))]
 SHIPPED += [(torch.bfloat16, 512, 4096)]
