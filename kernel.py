@@ -467,7 +467,7 @@ def scan_triton(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None,
     theta, phi [B, T, m] in [0, 1], m up to 512; x [B, T, d] in float32, bf16 or fp16, d up to 4096; h0 [B, m, d] or None for
     zeros. Returns y [B, T, d] in x's dtype and hT [B, m, d] in float32. Differentiable in all four. Weights, lengths and the
     carried state are float32; with x in bf16 the matrix products are bf16. For the gradient the states before the chunks are
-    kept, and 3 numbers per token and row; with recompute=True only the inputs.
+    kept, and the inner products of x with them and with itself (m + C per token); with recompute=True only the inputs.
 
     Where the kernels cannot run (see `why_not`) scan_chunked does, and one line on stderr says why. Raises ValueError for
     shapes that do not fit.
