@@ -137,17 +137,18 @@ def compiled():
         return None
 
 
-@functools.cache
-def specialists(B, T, m, d, dtype):
-    """Other memories' kernels on the same shapes {name: (function, inputs)}, and those absent {name: why}."""
+def specialists(leaves):
+    """Others' kernels on the same shapes as theta, phi, x {name: (function, inputs)}, and those absent {name: why}."""
+    theta, phi, x = (v.detach() for v in leaves[:3])
+    (B, T, m), d, dtype = theta.shape, x.shape[2], x.dtype
+
     def leaf(*shape):
         return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()
 
-    def gla():
-        chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
-        theta = torch.rand(B, T, 1, m, device=DEVICE) * 0.9
-        given = leaf(B, T, 1, m), theta.to(dtype).requires_grad_(), leaf(B, T, 1, d), torch.log1p(-theta).requires_grad_()
-        return functools.partial(chunk_gla, scale=1.0), given
+    def chunk_gla():
+        given = phi.to(dtype), theta.to(dtype), x, torch.log1p(-theta.clamp(max=1 - 1e-6))
+        given = [v[:, :, None].contiguous().requires_grad_() for v in given]                # one head
+        return functools.partial(importlib.import_module("fla.ops.gla").chunk_gla, scale=1.0), given
 
     def mamba2():
         chunk_scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
@@ -159,7 +160,7 @@ def specialists(B, T, m, d, dtype):
         return lambda *a: (F.scaled_dot_product_attention(*a, is_causal=True),), [leaf(B, d // 64, T, 64) for _ in range(3)]
 
     found, absent = {}, {}
-    for make in (gla, mamba2, attention):
+    for make in (chunk_gla, mamba2, attention):
         try:
             if not GPU:
                 raise RuntimeError("timed on a GPU only")
@@ -181,9 +182,9 @@ def table_forms(quick):
     for T, m in [(64, 16), (96, 16)] if quick else shapes:
         leaves, dy = inputs(B, T, m, d, dtype)
         ours = forms(m, d)
-        if B * T * m * d > 8 * 1024 * 64 * 256 and not GPU:
-            ours.pop("loop")                                    # several GB and minutes
-        others, absent = specialists(B, T, m, d, dtype)
+        if B * T * m * d > (2**31 if GPU else 2**27):
+            ours.pop("loop")                                    # more memory than there may be: about 16 bytes for each
+        others, absent = specialists(leaves)
         repeats = 3 if quick else 7
         for direction in ("forward", "both"):
             if direction == "forward":
@@ -207,12 +208,14 @@ def table_forms(quick):
                                            flops(B, T, m, d, C, back) / peak) / times[best][0]
             if loop:
                 row["loop_over_chunked"] = times["loop"][0] / times["again"][0]
-            if "products" in times:
-                row["chunked_over_products"] = times["chunked"][0] / times["products"][0]
+            for over in ("products", "kernel", *others):
+                if over in times:
+                    row[f"chunked_over_{over}"] = times["chunked"][0] / times[over][0]
+            if "compiled" in times:
+                row["compiled_over_chunked"] = times["compiled"][0] / times["chunked"][0]
             rows.append(row)
             print(f"T {T:5d} m {m:4d} {direction:8s}" + "".join(f"  {k} {show(v)}" for k, v in row["seconds"].items())
-                  + "".join(f"  {k} {row[k]:.2f}" for k in ("share_of_roofline", "loop_over_chunked", "chunked_over_products")
-                            if k in row), flush=True)
+                  + "".join(f"  {k} {v:.2f}" for k, v in row.items() if isinstance(v, float)), flush=True)
     for name, why in rows[-1]["absent"].items():
         print(f"absent: {name} ({why})")
     return rows
@@ -220,6 +223,11 @@ def table_forms(quick):
 
 def show(t):
     return f"{t[0] * 1e3:.2f} [{t[1] * 1e3:.2f}-{t[2] * 1e3:.2f}] ms"
+
+
+def show_beside(times, name):
+    """Every time, and in brackets its ratio to the one of that name."""
+    return "  ".join(f"{k}: {show(t)} ({t[0] / times[name][0]:.2f})" for k, t in times.items())
 
 
 def peak_memory(form, T, m, direction):
@@ -306,7 +314,7 @@ def table_growth(quick):
             runs[shape[what]] = functools.partial(both, scan, *inputs(4, dtype=torch.bfloat16 if GPU else torch.float32, **shape))
         times = clock(runs, 3 if quick else 7)
         rows.append(dict(table="growth", form=name, what=what, middle=middle, B=4, seconds={str(k): v for k, v in times.items()}))
-        print(f"{name}, forward and backward, by {what}: " + "  ".join(f"{k}: {show(v)}" for k, v in times.items()), flush=True)
+        print(f"{name}, forward and backward, by {what}: " + show_beside(times, next(iter(times))), flush=True)
     return rows
 
 
@@ -322,7 +330,7 @@ def table_step(quick):
             with torch.no_grad():
                 times = clock({k: functools.partial(layer.step, x, h) for k, layer in layers.items()}, repeats)
             rows.append(dict(table="step", B=B, m=m, d=d, seconds={str(k): v for k, v in times.items()}))
-            print(f"step of a layer, B {B} m {m} d {d}: " + "  ".join(f"k {k}: {show(v)}" for k, v in times.items()), flush=True)
+            print(f"step of a layer, B {B} m {m} d {d}, by k: " + show_beside(times, m), flush=True)
     small = dict(d_model=32, n_layer=1, n_rows=8, k_rows=2) if quick else dict(d_model=256, n_layer=4, n_rows=64, k_rows=16)
     model = FMem(FMemConfig(vocab_size=1025, **small)).to(DEVICE).eval()
     contexts = (64, 256) if quick else (1024, 16384, 131072)
@@ -339,8 +347,7 @@ def table_step(quick):
             times = clock({c: functools.partial(model, token, s) for c, s in ends.items()}, repeats)
         flat = times[contexts[-1]][0] / times[contexts[0]][0]
         rows.append(dict(table="context", B=B, **small, seconds={str(k): v for k, v in times.items()}, last_over_first=flat))
-        print(f"step of a model, B {B}: " + "  ".join(f"after {k} tokens: {show(v)}" for k, v in times.items())
-              + f"  last/first {flat:.3f}", flush=True)
+        print(f"step of a model, B {B}, after so many tokens: {show_beside(times, contexts[0])}  last/first {flat:.3f}", flush=True)
     return rows
 
 

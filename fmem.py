@@ -593,8 +593,8 @@ class FMem(nn.Module):
 
     @torch.no_grad()
     def _generate(self, tokens, max_new_tokens, temperature, top_k, top_p, generator, state):
-        for piece in tokens.split(PREFILL, 1):          # a long prompt needs no more memory than a short one
-            x, state = self.hidden(piece, state)
+        for some in tokens.split(PREFILL, 1):           # a long prompt needs no more memory than a short one
+            x, state = self.hidden(some, state)
         if not max_new_tokens:
             return state
         choice = temperature, top_k, top_p, generator

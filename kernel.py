@@ -199,17 +199,19 @@ def read_kernel(w1, states1, A1, v1, w2, states2, A2, v2, out, T, N, m: tl.const
 # ------------------------------------------------------------------------------------------------------------ backward
 
 @jit
-def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, eps, T, N, m: tl.constexpr, d: tl.constexpr,
+def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, eps, T, N, m: tl.constexpr, d: tl.constexpr,
                 C: tl.constexpr, BM: tl.constexpr):
     """The forward recurrence again, now with g_t = <h_t, dy_t> from Y = <dy, H> and M_ts = <dy_t, x_s>.
 
-    Gives q, dphi = r g, hx_n = <h_{t-1}, x_t> - n_{t-1}, kappa as far as the chunk itself makes it, and a_1^2 kappa_1.
+    Gives A, q F and q as before, dphi = r g, hx_n = <h_{t-1}, x_t> - n_{t-1}, kappa as far as the chunk itself makes it, and
+    a_1^2 kappa_1.
     """
     bc, im = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, c = bc // N, bc % N
     s, i, row0, tokens = tl.arange(0, C), im * BM + tl.arange(0, BM), b * T + c * C, tl.minimum(T - c * C, C)
     rows = i < m
     E, F = tl.zeros([C, BM], tl.float32), tl.full([BM], 1.0, tl.float32)
+    A += (im * tl.num_programs(0).to(tl.int64) + bc) * C * C
     n = tl.load(n0 + bc * m + i, mask=rows, other=0.0)
     for t in range(tokens):
         at = (row0 + t) * m + i
@@ -224,6 +226,8 @@ def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, eps
         g = F * tl.load(Y + at, mask=rows, other=0.0) + tl.sum(E * tl.load(M + (bc * C + t) * C + s)[:, None], 0)
         q_t = tl.load(phi + at, mask=rows, other=0.0) * r
         tl.store(q + at, q_t, mask=rows)
+        tl.store(A + t * C + s, tl.sum(E * q_t[None, :], 1))
+        tl.store(qF + at, (q_t * F).to(qF.dtype.element_ty), mask=rows)
         tl.store(dphi + at, r * g, mask=rows)
         tl.store(kappa + at, q_t * r * r * g / d, mask=rows)                # c_t
     tl.debug_barrier()
@@ -321,6 +325,7 @@ def tiles(m: int, d: int, dtype: torch.dtype) -> dict:
                 PRECISION="ieee" if precise else "tf32")
 
 
+@functools.cache
 def launches(m: int, d: int, dtype: torch.dtype) -> dict:
     """Every launch of the scan for a shape: kernel, compile-time arguments and launch options."""
     t = tiles(m, d, dtype)
@@ -400,12 +405,11 @@ def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, states: Ten
         q, dphi, kappa, hx_n, dtheta = (torch.empty_like(theta) for _ in range(5))
         kappa_out, kappa_in, kappa_0 = torch.empty_like(keep), torch.empty_like(keep), torch.empty_like(h0[..., 0])
         run("products_dy", dy, x, states, states, Y, M, n0)
-        run("rows", theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, eps)
-        run("carry", kappa_out, keep, kappa_in, kappa_0)
-        # A and q F again for the gradient of the reads, and the like with -theta kappa for that of writes and norms.
+        # A and q F for the gradient of the reads, and the like with -theta kappa for that of the writes and norms.
         A, A2 = theta.new_empty(2, run.MB, run.B * run.N, run.C, run.C)
         qF, wF = torch.empty_like(write), torch.empty_like(write)
-        run("mix", theta, phi, S, K, n0, suffix, kappa, kappa_in, A, qF, eps)
+        run("rows", theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, eps)
+        run("carry", kappa_out, keep, kappa_in, kappa_0)
         run("mix_back", theta, phi, S, K, n0, suffix, kappa, kappa_in, A2, wF, eps)
         Ls, dh0, dx = torch.empty_like(states), torch.empty_like(h0), torch.empty_like(x)
         run("states_back", qF, dy, wF, x, keep, dhT, Ls, dh0)

@@ -425,13 +425,14 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump" if tr
 
 
 def compile_kernels(capability):
-    """A line of JSON for every kernel and shipped configuration: registers, bytes of local (spilled) and shared memory."""
+    """A line of JSON for every kernel and shipped configuration: registers of a program, bytes of local (that is: spilled)
+    and of shared memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     for dtype, m, d in SHIPPED:
         low = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-        types = {**dict.fromkeys("write w1 w2 wF states states1 states2".split(), low),
+        types = {**dict.fromkeys("write w1 w2 wF qF states states1 states2".split(), low),
                  **dict.fromkeys("x v v1 v2 out y".split(), name[dtype]), "T": "i32", "N": "i32", "eps": "fp32", "rows": "*i64"}
         step = dict(m=m, d=d, k=m // 4, DENSE=False, num_warps=8, **kernel.step_tiles(m // 4, d))
         for label, (function, options) in {**kernel.launches(m, d, dtype), "step": (kernel.step_kernel, step)}.items():
@@ -445,7 +446,8 @@ def compile_kernels(capability):
             binary.write_bytes(compiled.asm["cubin"])
             done = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True)
             use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
-            print(json.dumps({"kernel": label, "dtype": str(dtype), "m": m, "d": d, "registers": use["REG"],
+            print(json.dumps({"kernel": label, "dtype": str(dtype), "m": m, "d": d,
+                              "registers": use["REG"] * 32 * launch["num_warps"],
                               "spilled": use["STACK"] + use["LOCAL"], "shared": compiled.metadata.shared}))
 
 
@@ -464,7 +466,7 @@ def test_kernels_compile_without_spills_in_99_kb(tmp_path):
         assert process.returncode == 0, err
         rows = [json.loads(line) for line in out.splitlines()]
         assert len(rows) == 14 * len(SHIPPED)
-        assert not [row for row in rows if row["spilled"] or row["shared"] > 99 * 1024]
+        assert not [row for row in rows if row["spilled"] or row["shared"] > 99 * 1024 or row["registers"] > 65536]
 
 
 @needs_gpu
@@ -755,7 +757,10 @@ def test_generate_continues_from_its_state(monkeypatch):
     parts += [t.item() for t in model.generate(torch.tensor([parts[-1:]]), 12, temperature=0, state=state)]
     assert parts == whole
     monkeypatch.setattr(fmem, "PREFILL", 7)                     # a prompt in pieces is the same prompt
+    hidden, sizes = model.hidden, []
+    monkeypatch.setattr(model, "hidden", lambda tokens, state: sizes.append(tokens.shape) or hidden(tokens, state))
     assert [t.item() for t in model.generate(prompt, 20, temperature=0)] == whole
+    assert sizes == [(1, 7)] * 5 + [(1, 5)] + [(1,)] * 19       # and no more than that at once
 
 
 @pytest.mark.parametrize("wrong", [dict(tokens=torch.tensor([[]], dtype=torch.long)), dict(tokens=torch.tensor([1, 2])),
@@ -1242,7 +1247,8 @@ def test_stream_never_cuts_a_character(corpus, capsys):
 
 def test_bench(tmp_path, capsys):
     """Every table, on tiny shapes; the figures are in the file that it names."""
-    bench.main(["--quick", "--out", str(tmp_path / "b.json")])
+    command = re.search(r"^python bench\.py(.*)$", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.M)[1].split()
+    bench.main([*command, "--quick", "--out", str(tmp_path / "b.json")])
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert {row["table"] for row in rows} >= {"forms", "growth", "step", "context"}
     assert all(low <= median <= high for row in rows for median, low, high in row.get("seconds", {}).values())
