@@ -347,7 +347,7 @@ def table_step(quick):
             times = clock({c: functools.partial(model, token, s) for c, s in ends.items()}, repeats)
         flat = times[contexts[-1]][0] / times[contexts[0]][0]
         rows.append(dict(table="context", B=B, **small, seconds={str(k): v for k, v in times.items()}, last_over_first=flat))
-        print(f"step of a model, B {B}, after so many tokens: {show_beside(times, contexts[0])}  last/first {flat:.3f}", flush=True)
+        print(f"step of a model, B {B}, after tokens: {show_beside(times, contexts[0])}  last/first {flat:.3f}", flush=True)
     return rows
 
 
