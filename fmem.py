@@ -10,8 +10,9 @@ definition), the same in matrix products (`scan_chunked`, for training and promp
 model, generation. Training is in train.py, text to tokens in data/prepare.py, the same scan as Triton kernels in kernel.py.
 
 Included: dense and top-k sparse memory, exact for every theta in [0, 1]; state in and out of everything; a step whose
-cost follows k. Not included: attention, position encoding, convolution, gates, heads, a load-balancing loss (the paper
-has none of them in this layer).
+cost follows k; and, off by default and not in the paper, a short convolution and an output gate (`ExtendedMemory`). Not
+included: attention, position encoding, heads, a load-balancing loss (the paper has none of them in this layer). What the
+memory is compared with is in baselines.py.
 
 Glossary. B texts, T tokens, C tokens in a chunk, m rows, k rows chosen per token, d = d_memory.
 
@@ -34,13 +35,15 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-State = list[Tensor]  # one float32 memory [B, m, d_memory] per layer; torch.save keeps it, None stands for all zeros
+# What the model keeps of a text, one entry per layer: the float32 memory [B, m, d_memory], or what another mixer keeps, a
+# tuple. torch.save keeps it; None stands for the start of a text.
+State = list[Tensor | tuple]
 
 
 @dataclass
@@ -54,20 +57,28 @@ class FMemConfig:
     k_rows: int | None = 16         # k, rows that a token writes and reads; None: all of them, the dense form
     tau: float = 0.25               # temperature of the affinity; the smaller, the faster the routing learns
     alpha_std: float = 1.0          # standard deviation of the affinity's logits (after tau) at initialisation
-    d_mlp: int | None = None        # hidden width of the MLP; None: 8/3 d_model, rounded up to a multiple of 32
+    d_mlp: int | None = None        # hidden width of the MLP; None: 8/3 d_model, rounded up to a multiple of 32 (see below)
     dropout: float = 0.0            # on the embedding and on what each layer adds, in training only
     tie_embeddings: bool = True     # the output layer shares the embedding's weights
     norm_eps: float = 1e-5          # added to the mean square in every RMS norm, the row norm of eq. 11 included
     chunk_size: int = 32            # C, tokens per chunk of scan_chunked
     recompute: bool = False         # keep less for the gradient and compute the chunk states twice
     scan: str = "auto"              # form of the recurrence: "auto", "loop", "chunked" or "kernel"
+    # not in the paper; with d_mlp None, whatever these add to the plain memory's parameters is taken from the MLP
+    conv: int = 0                   # tokens of a short convolution before the projections; 0: none
+    gate: bool = False              # output gate
+    mixer: str = "memory"           # "memory", or to compare with, from baselines.py, "attention" or "mamba2"
+    n_head: int | None = None       # of attention (None: of width 32) and Mamba-2 (None: of width 64)
+    n_kv_head: int | None = None    # key and value heads of attention; None: n_head
+    d_state: int = 64               # numbers per channel in the state of Mamba-2
+    ablation: str = ""              # one change to the memory, from ablations.py
 
     def __post_init__(self):
         if self.d_memory is None:
             self.d_memory = self.d_model
-        if self.d_mlp is None:
-            self.d_mlp = -(-8 * self.d_model // (3 * 32)) * 32
-        for name in ("vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "d_mlp", "chunk_size"):
+        width = -(-8 * self.d_model // (3 * 32)) * 32 if type(self.d_model) is int else 1
+        matched, self.d_mlp = self.d_mlp is None, width if self.d_mlp is None else self.d_mlp
+        for name in ("vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "d_mlp", "chunk_size", "d_state"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -85,6 +96,39 @@ class FMemConfig:
             raise ValueError(f"chunk_size must be at most {MAX_CHUNK} (see scan_chunked), not {self.chunk_size}")
         if self.scan not in ("auto", "loop", "chunked", "kernel"):
             raise ValueError(f'scan must be "auto", "loop", "chunked" or "kernel", not {self.scan!r}')
+        if type(self.conv) is not int or self.conv < 0 or type(self.gate) is not bool:
+            raise ValueError(f"conv must be a whole number of at least 0 and gate True or False, not {self.conv!r}, {self.gate!r}")
+        if self.mixer not in ("memory", "attention", "mamba2"):
+            raise ValueError(f'mixer must be "memory", "attention" or "mamba2", not {self.mixer!r}')
+        if self.mixer != "memory" and (self.conv or self.gate or self.ablation):
+            raise ValueError(f"conv, gate and ablation change the memory; they do not go with mixer {self.mixer}")
+        for name in ("n_head", "n_kv_head"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, or None, not {value!r}")
+        if self.mixer != "memory" or self.conv or self.gate or self.ablation:
+            plain = replace(self, mixer="memory", conv=0, gate=False, ablation="")
+            more = n_parameters(self) - n_parameters(plain)
+            if matched:
+                self.d_mlp -= round(more / (3 * self.d_model) / 8) * 8
+            if self.d_mlp < 1:
+                raise ValueError(f"{self.mixer} has {more:,} parameters more than the memory, and the MLP not as many; set d_mlp")
+
+
+def make_mixer(config: FMemConfig) -> nn.Module:
+    """The layer that carries words from token to token. All have forward(x, state), step(x_t, state), init_weights."""
+    if config.mixer != "memory":
+        import baselines
+        return {"attention": baselines.Attention, "mamba2": baselines.Mamba2}[config.mixer](config)
+    if config.ablation:
+        from ablations import AblatedMemory
+        return AblatedMemory(config)
+    return ExtendedMemory(config) if config.conv or config.gate else FactorizationMemory(config)
+
+
+def n_parameters(config: FMemConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in make_mixer(config).parameters())
 
 
 # ---------------------------------------------------------------------------------------------------- the recurrence
@@ -425,19 +469,7 @@ class FactorizationMemory(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, d_model], h [B, m, d_memory] or None -> y [B, T, d_model] and the memory after the last token."""
-        theta, phi, rows = self.route(x)
-        if rows is not None:                            # in training, masked rather than gathered: a chunk of
-            zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)              # tokens meets nearly all rows
-            theta, phi = zeros.scatter(-1, rows, theta), zeros.scatter(-1, rows, phi)
-        xbar = self.W_i(x)                                                              # eq. 9
-        form = self.form(x.device)
-        if form == "loop":
-            y, h = scan_loop(theta, phi, xbar, h, self.config.norm_eps)                 # eqs. 10, 11
-        elif form == "kernel":
-            from kernel import scan_triton
-            y, h = scan_triton(theta, phi, xbar, h, self.config.norm_eps, self.config.recompute)
-        else:
-            y, h = scan_chunked(theta, phi, xbar, h, self.config.norm_eps, self.config.chunk_size, self.config.recompute)
+        y, h = self.read(x, h)
         return self.W_o(y), h
 
     def step(self, x_t: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -445,6 +477,26 @@ class FactorizationMemory(nn.Module):
 
         Without gradients (torch.no_grad) h is changed in place and returned; clone it first to keep it.
         """
+        y_t, h = self.read_step(x_t, h)
+        return self.W_o(y_t), h
+
+    def read(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`forward` but for W_o."""
+        theta, phi, rows = self.route(x)
+        if rows is not None:                            # in training, masked rather than gathered: a chunk of
+            zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)              # tokens meets nearly all rows
+            theta, phi = zeros.scatter(-1, rows, theta), zeros.scatter(-1, rows, phi)
+        xbar = self.W_i(x)                                                              # eq. 9
+        form = self.form(x.device)
+        if form == "loop":
+            return scan_loop(theta, phi, xbar, h, self.config.norm_eps)                 # eqs. 10, 11
+        if form == "kernel":
+            from kernel import scan_triton
+            return scan_triton(theta, phi, xbar, h, self.config.norm_eps, self.config.recompute)
+        return scan_chunked(theta, phi, xbar, h, self.config.norm_eps, self.config.chunk_size, self.config.recompute)
+
+    def read_step(self, x_t: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`step` but for W_o."""
         theta, phi, rows = self.route(x_t)
         xbar = self.W_i(x_t)                                                            # eq. 9
         if h is None:
@@ -452,7 +504,7 @@ class FactorizationMemory(nn.Module):
         grad, eps = torch.is_grad_enabled(), self.config.norm_eps
         if not grad and h.dtype == torch.float32 and h.is_contiguous() and self.form(x_t.device) == "kernel":
             from kernel import step_triton
-            return self.W_o(step_triton(h, xbar, theta, phi, rows, eps)), h
+            return step_triton(h, xbar, theta, phi, rows, eps), h
         xbar, part = wide(xbar)[:, None], h
         if rows is not None:
             table = h.contiguous().flatten(0, 1)                                        # the rows of all texts
@@ -466,7 +518,78 @@ class FactorizationMemory(nn.Module):
             h = part
         else:
             h = (table.index_copy if grad else table.index_copy_)(0, at, part.flatten(0, 1)).view_as(h)
-        return self.W_o(y_t.to(x_t.dtype)), h
+        return y_t.to(x_t.dtype), h
+
+    def init_weights(self, init: Callable, add: float):
+        """init(weight, scale) draws a matrix of spread scale / sqrt(inputs); add is the scale of those that end a branch.
+
+        The affinities start neither flat (all rows would collect the same average and part only slowly) nor hard. The
+        input of W_alpha has unit rms, so entries of spread alpha_std tau / sqrt(d_model) give logits of spread alpha_std
+        at every width and tau. eta and mu start at 1/2. The sweep behind the constants is in results/README.md.
+        """
+        init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
+        nn.init.zeros_(self.w_eta.weight)
+        nn.init.zeros_(self.w_mu.weight)
+        init(self.W_i.weight)
+        init(self.W_o.weight, add)
+
+
+class ShortConv(nn.Module):
+    """Each channel a weighted sum of its last `width` tokens, then SiLU: Mamba's. It lets a token know its neighbours."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, c], last [B, width - 1, c]: the tokens before x, None for zeros -> y [B, T, c] and the new last."""
+        (B, T, c), w = x.shape, self.weight.shape[1]
+        x = torch.cat([x.new_zeros(B, w - 1, c) if last is None else last.to(x.dtype), x], 1)
+        y = self.bias + sum(x[:, j:j + T] * self.weight[:, j] for j in range(w))
+        return F.silu(y), x[:, T:]
+
+    def init_weights(self):
+        for p in (self.weight, self.bias):
+            nn.init.uniform_(p, -self.weight.shape[1] ** -0.5, self.weight.shape[1] ** -0.5)
+
+
+class ExtendedMemory(FactorizationMemory):
+    """Ours, not in the paper: a short convolution before the projections (`conv`) and an output gate (`gate`), as in Mamba-2:
+
+        y = W_o norm(read(conv(x)) * silu(W_g x))
+
+    State: (h [B, m, d_memory], last [B, conv - 1, d_model] or None).
+    """
+
+    def __init__(self, config: FMemConfig):
+        super().__init__(config)
+        self.conv = ShortConv(config.d_model, config.conv) if config.conv else None
+        if config.gate:
+            self.W_g = nn.Linear(config.d_model, config.d_memory, bias=False)
+            self.gate_norm = nn.RMSNorm(config.d_memory, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        h, last = state or (None, None)
+        u, last = self.conv(x, last) if self.conv else (x, last)
+        y, h = self.read(u, h)
+        return self.out(y, x), (h, last)
+
+    def step(self, x_t: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        h, last = state or (None, None)
+        u, last = self.conv(x_t[:, None], last) if self.conv else (x_t[:, None], last)
+        y_t, h = self.read_step(u[:, 0], h)
+        return self.out(y_t, x_t), (h, last)
+
+    def out(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.W_o(self.gate_norm(y * F.silu(self.W_g(x))) if self.config.gate else y)
+
+    def init_weights(self, init: Callable, add: float):
+        super().init_weights(init, add)
+        if self.conv:
+            self.conv.init_weights()
+        if self.config.gate:
+            init(self.W_g.weight)
 
 
 # ----------------------------------------------------------------------------------------------------- block and model
@@ -490,13 +613,13 @@ class Block(nn.Module):
     def __init__(self, config: FMemConfig):
         super().__init__()
         self.memory_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.memory = FactorizationMemory(config)
+        self.memory = make_mixer(config)
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, d_model], or [B, d_model] for a single step, and the layer's memory -> the same two."""
+    def forward(self, x: Tensor, h: Tensor | tuple | None) -> tuple[Tensor, Tensor | tuple]:
+        """x [B, T, d_model], or [B, d_model] for a single step, and the layer's state -> the same two."""
         memory = self.memory.step if x.dim() == 2 else self.memory
         y, h = memory(self.memory_norm(x), h)
         x = x + self.dropout(y)
@@ -524,11 +647,9 @@ class FMem(nn.Module):
     def init_weights(self):
         """All of the initialisation; the paper gives none.
 
-        The affinities start neither flat (all rows would collect the same average and part only slowly) nor hard. The
-        input of W_alpha has unit rms, so entries of spread alpha_std tau / sqrt(d_model) give logits of spread alpha_std
-        at every width and tau. eta and mu start at 1/2. Every other matrix has spread INIT_STD / sqrt(inputs), and those
-        that add to the residual stream a further 1 / sqrt(2 n_layer), the number of additions. Gains of norms are 1.
-        The sweep behind the constants is in results/README.md.
+        Every matrix has spread INIT_STD / sqrt(inputs), and those that add to the residual stream a further
+        1 / sqrt(2 n_layer), the number of additions. Gains of norms are 1. What is special to the memory is in its own
+        init_weights.
         """
         c = self.config
 
@@ -539,11 +660,7 @@ class FMem(nn.Module):
         nn.init.normal_(self.embed.weight, std=EMBED_STD)
         nn.init.normal_(self.head.weight, std=EMBED_STD)
         for block in self.blocks:
-            init(block.memory.W_alpha.weight, c.alpha_std * c.tau)
-            nn.init.zeros_(block.memory.w_eta.weight)
-            nn.init.zeros_(block.memory.w_mu.weight)
-            init(block.memory.W_i.weight)
-            init(block.memory.W_o.weight, add)
+            block.memory.init_weights(init, add)
             init(block.mlp.W_gate.weight)
             init(block.mlp.W_up.weight)
             init(block.mlp.W_down.weight, add)
@@ -556,6 +673,10 @@ class FMem(nn.Module):
             x, h = block(x, h)
             new_state.append(h)
         return self.norm(x), new_state
+
+    def aux_loss(self) -> Tensor | float:
+        """What the layers add to the training loss: 0 but for the load-balancing loss of ablations.py."""
+        return sum(getattr(block.memory, "aux_loss", 0.0) for block in self.blocks)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens [B, T] -> logits [B, T, vocab_size] of the token that follows each, and the state after the last.
@@ -600,7 +721,8 @@ class FMem(nn.Module):
         choice = temperature, top_k, top_p, generator
         token = sample(self.head(x[:, -1]), *choice)
         yield token
-        step = capture_step(self, token, state, *choice) if token.is_cuda and max_new_tokens >= 16 else None
+        fixed = token.is_cuda and all(isinstance(h, Tensor) for h in state)             # what the paper's memory keeps
+        step = capture_step(self, token, state, *choice) if fixed and max_new_tokens >= 16 else None
         for _ in range(max_new_tokens - 1):
             if step:
                 token = step()

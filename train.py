@@ -8,6 +8,7 @@ Every field of Settings below is an option, `--name value`. A run writes into --
 
     last.pt   the newest checkpoint      best.pt    the one with the best validation loss
     log.csv   one row per log line       loss.png   the loss curve, where matplotlib is installed
+    step-N.pt what it was after N steps, with --keep_every
 
 All that is random in a step is a function of (seed, step, process), so a resumed run continues bit for bit.
 """
@@ -30,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import prepare
+from data import prepare, recall
 from fmem import FMem, FMemConfig, choose_scan
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +47,7 @@ class Settings:
     # the run
     preset: str = option("auto", "values for the fields marked so: gpu, cpu, or auto (by the device)")
     out: str = option("out", "folder for checkpoints and log")
-    data: str = option(str(prepare.HERE / "default"), "prepared folder; the default one is made when missing")
+    data: str = option(str(prepare.HERE / "default"), "prepared folder (the default one is made when missing), or a task: mqar, passkey")
     resume: bool = option(False, "continue the run in --out; options given again replace the saved ones")
     overwrite: bool = option(False, "start anew in a folder that holds a run, which is lost")
     device: str = option("auto", "cuda, mps, cpu, or auto")
@@ -61,9 +62,16 @@ class Settings:
     k_rows: int | None = option("preset", "k, rows a token writes and reads (none: all, the dense form)")
     tau: float = option(FMemConfig.tau, "temperature of the affinity")
     alpha_std: float = option(FMemConfig.alpha_std, "spread of the affinity's logits at initialisation")
-    d_mlp: int | None = option(None, "hidden width of the MLP (none: 8/3 d_model)")
+    d_mlp: int | None = option(None, "hidden width of the MLP (none: 8/3 d_model, less what mixer, conv or gate add)")
     dropout: float = option("preset", "on the embedding and on what each layer adds")
     scan: str = option("auto", "form of the recurrence: auto, loop, chunked or kernel")
+    conv: int = option(0, "not in the paper: tokens of a short convolution before the projections (0: none)")
+    gate: bool = option(False, "not in the paper: an output gate")
+    mixer: str = option("memory", "memory, or to compare with: attention, mamba2 (with --d_mlp none: as many parameters)")
+    n_head: int | None = option(None, "heads of attention or Mamba-2 (none: of width 32, 64)")
+    n_kv_head: int | None = option(None, "key and value heads of attention (none: n_head)")
+    d_state: int = option(FMemConfig.d_state, "numbers per channel in Mamba-2's state")
+    ablation: str = option("", "one change to the memory; ablations.py has the list")
     # the training
     context: int = option("preset", "tokens per training window")
     batch_size: int = option("preset", "windows per step, over all processes")
@@ -71,6 +79,7 @@ class Settings:
     max_steps: int = option("preset", "optimiser steps")
     seconds: float | None = option(None, "finish the schedule in this time (the last evaluation comes on top), if not before")
     lr: float = option("preset", "peak learning rate of AdamW")
+    router_lr: float = option(1.0, "learning rate of W_alpha, times that of the rest")
     min_lr: float = option(0.05, "learning rate at the end, as a share of the peak")
     warmup: int = option(50, "steps of linear warm-up")
     beta2: float = option(0.95, "AdamW's second decay rate")
@@ -79,6 +88,7 @@ class Settings:
     # the reports
     log_every: int = option(10, "steps between log lines")
     eval_every: int = option("preset", "steps between evaluations, each followed by a checkpoint")
+    keep_every: int | None = option(None, "keep a checkpoint of every so many steps (none: only the last and the best)")
     eval_tokens: int = option(32768, "validation tokens of these evaluations; the one at the end takes all")
     sample_tokens: int = option(200, "tokens of the text written at the end")
 
@@ -138,7 +148,7 @@ def check(s):
     for name in ("context", "batch_size", "max_steps", "log_every", "eval_every", "eval_tokens"):
         if getattr(s, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(s, name)}")
-    for name in ("lr", "clip", "seconds", "micro_batch"):
+    for name in ("lr", "router_lr", "clip", "seconds", "micro_batch", "keep_every"):
         if getattr(s, name) is not None and getattr(s, name) <= 0:
             raise ValueError(f"--{name} must be above 0, not {getattr(s, name)}")
     for name in ("seed", "warmup", "weight_decay", "sample_tokens"):
@@ -291,11 +301,13 @@ def model_from(checkpoint, device, **changes):
 # --------------------------------------------------------------------------------------------------------- the training
 
 def make_optimizer(model, s, device):
-    """AdamW. Decayed: the matrices of the layers. Not decayed: embedding, output layer, and the gains of the norms."""
-    free = {id(p) for module in model.modules() if isinstance(module, torch.nn.RMSNorm) for p in module.parameters()}
-    free |= {id(model.embed.weight), id(model.head.weight)}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in free], "weight_decay": s.weight_decay},
+    """AdamW. Decayed: the matrices of the layers. Not decayed: embedding, output layer, and what is no matrix."""
+    free = {id(p) for p in model.parameters() if p.dim() < 2} | {id(model.embed.weight), id(model.head.weight)}
+    router = {id(p) for name, p in model.named_parameters() if s.router_lr != 1 and name.endswith("W_alpha.weight")}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in free | router], "weight_decay": s.weight_decay},
               {"params": [p for p in model.parameters() if id(p) in free], "weight_decay": 0.0}]
+    if router:
+        groups.append({"params": [p for p in model.parameters() if id(p) in router], "weight_decay": s.weight_decay})
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=device.type in ("cuda", "cpu"))
 
 
@@ -342,7 +354,7 @@ class Stop:
 class Log:
     """log.csv. On resume the rows after the checkpoint are dropped: those steps are done again."""
     columns = ("step", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second",
-               "val_loss", "val_bpb", "val_tokens")
+               "val_loss", "val_bpb", "val_tokens", "val_accuracy")
 
     def __init__(self, path, step):
         self.rows, kept = [], path.with_name(f".{path.name}.tmp")
@@ -430,24 +442,34 @@ def train(given):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out.mkdir(parents=True, exist_ok=True)
 
-    if rank == 0 and Path(s.data) == prepare.HERE / "default" and not (Path(s.data) / "meta.json").is_file():
-        prepare.prepare()
-    if world > 1:
-        dist.barrier()
-    train_tokens, val_tokens, fields, meta = prepare.load(s.data)
-    enc = prepare.load_tokenizer(fields)
-    sizes = np.array([len(piece) for piece in prepare.token_strings(enc)])
-    if len(val_tokens) < 2:
-        raise ValueError(f"the validation split of {s.data} has only {len(val_tokens)} token")
-    bits_per_byte = meta["train"]["tokens"] / meta["train"]["bytes"] / math.log(2)      # of the training loss
-    batches = Batches(train_tokens, s.context, s.batch_size, s.seed)
+    task = s.data in recall.TASKS
+    if task:
+        batches, vocab_size, corpus, fields = recall.Recall(s.data, s.context, s.batch_size, s.seed), recall.VOCAB, s.data, None
+        targets, about, bits_per_byte = recall.Recall.targets, f"{s.data}, made anew for every step", 0.0
+    else:
+        if rank == 0 and Path(s.data) == prepare.HERE / "default" and not (Path(s.data) / "meta.json").is_file():
+            prepare.prepare()
+        if world > 1:
+            dist.barrier()
+        train_tokens, val_tokens, fields, meta = prepare.load(s.data)
+        enc = prepare.load_tokenizer(fields)
+        sizes = np.array([len(piece) for piece in prepare.token_strings(enc)])
+        if len(val_tokens) < 2:
+            raise ValueError(f"the validation split of {s.data} has only {len(val_tokens)} token")
+        bits_per_byte = meta["train"]["tokens"] / meta["train"]["bytes"] / math.log(2)      # of the training loss
+        batches, vocab_size, corpus = Batches(train_tokens, s.context, s.batch_size, s.seed), enc.n_vocab, meta["corpus"]
+        about = f"{corpus}: {meta['train']['bytes']:,} bytes, {len(train_tokens):,} tokens to train on"
+
+        def targets(windows):
+            return windows[:, 1:]
 
     names = {f.name for f in dataclasses.fields(FMemConfig)}
-    config = FMemConfig(vocab_size=enc.n_vocab, **{k: v for k, v in dataclasses.asdict(s).items() if k in names})
+    config = FMemConfig(vocab_size=vocab_size, **{k: v for k, v in dataclasses.asdict(s).items() if k in names})
     step, elapsed_before, best = 0, 0.0, math.inf
     if checkpoint:
         same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("scan", "dropout", "chunk_size")}
-        differs = [k for k in same if checkpoint["config"][k] != same[k]]
+        before = dataclasses.asdict(FMemConfig(**checkpoint["config"]))             # with fields that are younger than it
+        differs = [k for k in same if before[k] != same[k]]
         if differs or checkpoint["tokenizer"] != fields:
             what = f"--{differs[0]}" if differs else "the tokenizer of --data"
             raise ValueError(f"--resume: {what} is not that of the run in {out}; start another with --out DIR")
@@ -465,7 +487,7 @@ def train(given):
     n_params = sum(p.numel() for p in model.parameters())
     say(f"device    {device} ({why_device})\ndtype     {str(dtype)[6:]} ({why_dtype})")
     say("scan      {} ({})".format(*choose_scan(config.scan, device, config.n_rows, config.d_memory)))
-    say(f"data      {meta['corpus']}: {meta['train']['bytes']:,} bytes, {len(train_tokens):,} tokens to train on")
+    say(f"data      {about}")
     say("settings  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(s).items()))
     say(f"model     {n_params:,} parameters; d_memory={config.d_memory} d_mlp={config.d_mlp} vocab_size={config.vocab_size}")
     say(f"batch     {s.batch_size} windows of {s.context} tokens = {s.batch_size * s.context:,} tokens per step, "
@@ -477,21 +499,28 @@ def train(given):
         net = torch.nn.parallel.DistributedDataParallel(net)
 
     if s.overwrite and rank == 0:
-        for name in ("last.pt", "best.pt"):
-            (out / name).unlink(missing_ok=True)
+        for path in [out / "last.pt", out / "best.pt", *out.glob("step-*.pt")]:
+            path.unlink(missing_ok=True)
     log = Log(out / "log.csv", step) if rank == 0 else None
     start = last_time = time.perf_counter()
     smooth, pending, last_step = None, [], step
 
     def snapshot():
         return {"format": FORMAT, "config": dataclasses.asdict(config), "settings": dataclasses.asdict(s),
-                "tokenizer": fields, "corpus": meta["corpus"], "model": model.state_dict(),
+                "tokenizer": fields, "corpus": corpus, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "step": step, "best": best,
                 "seconds": elapsed_before + time.perf_counter() - start,
                 # all that the order of the data and every random draw to come depend on
                 "random": {"seed": s.seed, "next_step": step, "next_window": step * s.batch_size}}
 
     def validate(limit, name):
+        if task:                                        # every process does all of it: it is little
+            loss, right = batches.evaluate(model, device, amp, batch=micro)
+            say(f"{name:9s} step {step}: {loss:.4f} nats per answer, {right:.2%} right")
+            if rank == 0:
+                log.write(step=step, tokens=step * s.batch_size * s.context, val_loss=loss, val_accuracy=right,
+                          seconds=elapsed_before + time.perf_counter() - start)
+            return loss
         loss, bpb = evaluate(model, val_tokens, s.context, sizes, device, amp, limit, micro, rank, world)
         count = min(limit or len(val_tokens), len(val_tokens) - 1)
         say(f"{name:9s} step {step}: validation {loss:.4f} nats per token, {bpb:.4f} bits per byte ({count:,} tokens)")
@@ -508,6 +537,13 @@ def train(given):
             for path in [out / "last.pt"] + [out / "best.pt"] * better:
                 save_checkpoint(snapshot(), path)
 
+    def keep():
+        if rank == 0:
+            save_checkpoint(snapshot(), out / f"step-{step}.pt")
+
+    if s.keep_every and step == 0:
+        keep()
+
     with Stop() as stop:
         while True:
             # Every process must take the same decision: the first one's clock and anybody's signal count.
@@ -520,8 +556,8 @@ def train(given):
             if progress >= 1 or stopped:
                 break
             lr = learning_rate(s, step, progress)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for group, times in zip(optimizer.param_groups, (1, 1, s.router_lr)):  # noqa: B905 (the third is optional)
+                group["lr"] = lr * times
             torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank]).generate_state(1)[0]))   # dropout
             mine = batches(step, slice(rank * local, (rank + 1) * local))
             parts = mine.to(device).split(micro)
@@ -530,8 +566,8 @@ def train(given):
                 with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else net.no_sync():
                     with amp():
                         logits, _ = net(windows[:, :-1])
-                        loss = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
-                    (loss * len(windows) / local).backward()
+                        loss = F.cross_entropy(logits.float().flatten(0, 1), targets(windows).flatten())
+                    ((loss + model.aux_loss()) * len(windows) / local).backward()
                 pending.append(loss.detach() * len(windows) / local)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             optimizer.step()
@@ -546,7 +582,8 @@ def train(given):
                 speed = (step - last_step) * s.batch_size * s.context / (now - last_time)
                 share = max(step / s.max_steps, (elapsed_before + now - start) / s.seconds if s.seconds else 0)
                 left = (elapsed_before + now - start) * (1 - share) / share
-                say(f"step {step}/{s.max_steps} | loss {smooth:.4f} | {smooth * bits_per_byte:.3f} bits/byte | lr {lr:.2e} | "
+                bits = f" | {smooth * bits_per_byte:.3f} bits/byte" if bits_per_byte else ""
+                say(f"step {step}/{s.max_steps} | loss {smooth:.4f}{bits} | lr {lr:.2e} | "
                     f"grad {norm.item():.2f} | {speed:,.0f} tokens/s | {left:.0f} s left")
                 if rank == 0:
                     log.write(step=step, tokens=step * s.batch_size * s.context, seconds=elapsed_before + now - start,
@@ -555,6 +592,8 @@ def train(given):
             if step % s.eval_every == 0:
                 validate_and_save()
                 last_time = time.perf_counter()
+            if s.keep_every and step % s.keep_every == 0:
+                keep()
         if step % s.eval_every and not stopped:
             validate_and_save()
     if stopped:
@@ -566,9 +605,12 @@ def train(given):
         validate(None, "final")
         if rank == 0:
             log.draw(out / "loss.png")
-            write_sample(model, enc, s.sample_tokens, device)
-            where = "" if out == Path("out") else f" --checkpoint {out / 'best.pt'}"
-            say(f"done      {elapsed_before + time.perf_counter() - start:.0f} s; python sample.py{where} writes more")
+            took, where = elapsed_before + time.perf_counter() - start, f" --checkpoint {out / 'best.pt'}"
+            if task:
+                say(f"done      {took:.0f} s; python eval.py {out / 'best.pt'} --recall says more")
+            else:
+                write_sample(model, enc, s.sample_tokens, device)
+                say(f"done      {took:.0f} s; python sample.py{'' if out == Path('out') else where} writes more")
     if world > 1:
         # Freed while gloo's thread still lets go of the last result, DDP waits for that thread with Python's lock in hand,
         # which the thread waits for: forever. So give it a moment.

@@ -1,0 +1,129 @@
+"""Every experiment of RESULTS.md: what is run, and the page itself.
+
+    python experiments.py list                  # the names, with their commands
+    python experiments.py run                   # all of them, those already in results/experiments.jsonl left out
+    python experiments.py run lr short          # those whose names begin so; --jobs N at a time, one thread each
+    python experiments.py report                # RESULTS.md, its figures, and the results section of README.md
+
+Everything goes through train.py and eval.py, as commands that can be run by hand. A run that was stopped is taken up again
+where it stopped; what it leaves behind is in out-experiments/NAME, and its figures are one line of results/experiments.jsonl:
+{"name", "command", "seconds", "result"}. No number in RESULTS.md is typed by hand.
+"""
+import argparse
+import csv
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LINES, OUT = HERE / "results/experiments.jsonl", Path("out-experiments")
+
+SIZE = "--n_layer 5 --d_model 128 --n_rows 32 --k_rows 8 --context 256 --batch_size 8 --eval_every 100 --sample_tokens 0"
+MODELS = {"sparse": "", "dense": "--k_rows none", "transformer": "--mixer attention", "mamba2": "--mixer mamba2",
+          "extended": "--conv 4 --gate"}
+SEEDS = 1337, 1, 2
+
+
+def experiments():
+    """{name: command}, in the order in which they are run; the first part of a name is its experiment."""
+    runs = {}
+    for lr in ("4e-3", "2e-3", "8e-3"):
+        for model, options in MODELS.items():
+            runs[f"lr/{model}_{lr}"] = train(f"{options} --lr {lr} --max_steps 300")
+    return runs
+
+
+def train(options):
+    return f"python train.py {SIZE} {options}"
+
+
+# ----------------------------------------------------------------------------------------------------------- running them
+
+def results():
+    """{name: line} of experiments.jsonl."""
+    lines = LINES.read_text(encoding="utf-8").splitlines() if LINES.is_file() else []
+    return {line["name"]: line for line in map(json.loads, lines)}
+
+
+def run_one(name, command):
+    """Runs it, on one thread; returns its line for experiments.jsonl. Raises RuntimeError with the last line it printed."""
+    out = OUT / name
+    words, start = command.split(), time.perf_counter()
+    program = words[1]
+    words = [sys.executable, *words[1:]]
+    if program == "train.py":
+        words += ["--out", str(out)] + ["--resume"] * (HERE / out / "last.pt").is_file()
+    else:
+        words += ["--json", str(out) + ".json"]
+    (HERE / out).parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RuntimeError(f"{name}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+    result = read_log(HERE / out, done.stdout) if program == "train.py" else json.loads((HERE / f"{out}.json").read_text())
+    return {"name": name, "command": command, "seconds": round(time.perf_counter() - start, 1), "result": result}
+
+
+def read_log(out, printed):
+    """What a training run found, from its log.csv and what it printed."""
+    with open(out / "log.csv", newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    evals = [r for r in rows if r["val_loss"]]
+    words = next(line for line in printed.splitlines() if line.startswith("model ")).split()
+    return {"parameters": int(words[1].replace(",", "")), "tokens": int(evals[-1]["tokens"]),
+            "curve": [[int(r["step"]), float(r["val_loss"])] for r in evals[:-1]],
+            "train": [[int(r["step"]), float(r["train_loss"])] for r in rows if r["train_loss"]][4::5],
+            "nats": float(evals[-1]["val_loss"]), "bits_per_byte": float(evals[-1]["val_bpb"])}
+
+
+def run(prefixes, jobs):
+    done, waiting, failed, lock = results(), queue.Queue(), [], threading.Lock()
+    for name, command in experiments().items():
+        if (not prefixes or name.startswith(tuple(prefixes))) and done.get(name, {}).get("command") != command:
+            waiting.put((name, command))
+    print(f"{waiting.qsize()} to run", flush=True)
+
+    def work():
+        while True:
+            try:
+                name, command = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                line = run_one(name, command)
+            except (RuntimeError, OSError, ValueError) as e:
+                failed.append(name)
+                print(f"FAILED {e}", flush=True)
+                continue
+            with lock, open(LINES, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line, separators=(",", ":")) + "\n")
+            print(f"{line['seconds']:7.0f} s  {name}  {line['result'].get('nats', '')}", flush=True)
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        sys.exit(f"experiments.py: {len(failed)} failed: {', '.join(failed)}")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("what", choices=("list", "run", "report"))
+    p.add_argument("names", nargs="*", help="how the names of those to run begin")
+    p.add_argument("--jobs", type=int, default=max(os.cpu_count() or 1, 1), help="how many at a time (default: one per core)")
+    a = p.parse_args(argv)
+    if a.what == "list":
+        for name, command in experiments().items():
+            print(f"{name:32} {command}")
+    elif a.what == "run":
+        run(a.names, a.jobs)
+
+
+if __name__ == "__main__":
+    main()
