@@ -38,9 +38,9 @@ class AblatedMemory(ExtendedMemory):
             self.value = float(value) if value else None
         except ValueError:
             self.value = math.nan
-        known = (self.change in ("untied", "norm_after", "no_renorm") and self.value is None
-                 or self.change in ("eta", "mu") and self.value is not None and 0 < self.value <= 1
-                 or self.change == "balance" and self.value is not None and 0 < self.value < math.inf)
+        known = ((self.change in ("untied", "norm_after", "no_renorm") and self.value is None)
+                 or (self.change in ("eta", "mu") and self.value is not None and 0 < self.value <= 1)
+                 or (self.change == "balance" and self.value is not None and 0 < self.value < math.inf))
         if not known:
             raise ValueError(f"ablation {config.ablation!r} is not one of eta=NUMBER, mu=NUMBER (above 0, at most 1), untied, "
                              "norm_after, no_renorm, balance=NUMBER")

@@ -358,6 +358,8 @@ MODELS = {"sparse": {}, "dense": {"k_rows": None}, "extended": {"conv": 4, "gate
 def whole_model(name, quick, d_model, n_layer):
     size = dict(d_model=32, n_layer=1, n_rows=8, k_rows=2, d_state=8) if quick else dict(
         d_model=d_model, n_layer=n_layer, n_rows=d_model // 4, k_rows=d_model // 16)
+    if name == "extended":                                      # rows twice as wide, at the MLP's expense
+        size |= dict(d_memory=2 * size["d_model"], d_mlp={32: 32, 128: 184, 256: 352}[size["d_model"]])
     return FMem(FMemConfig(vocab_size=1025, **{**size, **MODELS[name]})).to(DEVICE)
 
 
@@ -376,18 +378,18 @@ def print_training_peak(name, T, quick):
 
 
 def table_training(quick):
-    """(d) Training whole models of as many parameters, forward and backward of 4,096 tokens, by context."""
+    """(d) Training whole models of as many parameters each: forward and backward of 4,096 tokens, by context."""
     rows = []
-    models = {name: whole_model(name, quick, 256, 4) for name in MODELS}
-    for T in (32, 64) if quick else (256, 512, 1024, 2048, 4096):
+    for d, n_layer, T in ((32, 1, 32),) if quick else ((128, 5, 256), *((256, 4, T) for T in (256, 512, 1024, 2048, 4096))):
+        models = {name: whole_model(name, quick, d, n_layer) for name in MODELS}
         tokens = torch.randint(1025, (1 if quick else 4096 // T, T + 1), device=DEVICE)
         times = clock({name: functools.partial(train_step, model, tokens) for name, model in models.items()}, 2 if quick else 7)
-        row = dict(table="training", T=T, B=len(tokens), seconds=times)
+        row = dict(table="training", d_model=d, n_layer=n_layer, T=T, B=len(tokens), seconds=times)
         row["speed_over_transformer"] = {name: times["transformer"][0] / t[0] for name, t in times.items()}
-        if (GPU or os.path.exists("/proc/self/clear_refs")) and (quick or T in (256, 1024, 4096)):
+        if (GPU or os.path.exists("/proc/self/clear_refs")) and (quick or d == 256 and T in (256, 1024, 4096)):
             row["peak_bytes"] = {name: in_a_process(f"print_training_peak({name!r}, {T}, {quick})") for name in MODELS}
         rows.append(row)
-        print(f"training T {T:5d}  " + show_beside(times, "transformer")
+        print(f"training d {d} T {T:5d}  " + show_beside(times, "transformer")
               + "".join(f"  {k} {v / 2**20:.0f} MiB" for k, v in row.get("peak_bytes", {}).items()), flush=True)
     return rows
 

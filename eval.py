@@ -10,6 +10,7 @@ same machine. Needs the checkpoint and, but for tasks, the prepared data it was 
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -69,7 +70,7 @@ def measure_loss(model, checkpoint, folder, device):
     whole = torch.from_numpy(tokens[:n + 1].astype(np.int64))
     by_position = token_losses(model, whole, context, device).view(-1, context).mean(0)
     edges = [0] + [2**i for i in range(3, 40) if 2**i < context] + [context]
-    rows = [{"from": a + 1, "to": b, "nats": by_position[a:b].mean().item()} for a, b in zip(edges, edges[1:], strict=False)]
+    rows = [{"from": a + 1, "to": b, "nats": by_position[a:b].mean().item()} for a, b in itertools.pairwise(edges)]
     print(f"{nats:.4f} nats per token, {bits:.4f} bits per byte, {len(tokens) - 1:,} tokens in windows of {context}")
     table(["tokens of the window", "nats per token"], [[f"{r['from']}-{r['to']}", f"{r['nats']:.3f}"] for r in rows])
     return {"nats": nats, "bits_per_byte": bits, "tokens": len(tokens) - 1, "context": context, "by_position": rows}
@@ -250,7 +251,8 @@ def describe(soft, alpha, eta, mu, tokens, context, words):
     counts = torch.bincount(tokens, minlength=votes.shape[0]).double()
     sums = torch.zeros(votes.shape[0], m, dtype=torch.float64).index_add_(0, tokens, alpha)
     lift = torch.where(counts[:, None] >= 20, sums / counts[:, None].clamp(min=1) / use.clamp(min=1e-12), 0.0)
-    collected = [[words[i] for i in lift[:, row].topk(min(6, len(lift))).indices.tolist() if lift[i, row] > 1] for row in range(m)]
+    most = lift.topk(min(6, len(lift)), 0).indices.T.tolist()
+    collected = [[words[i] for i in most[row] if lift[i, row] > 1] for row in range(m)]
     return {"entropy": entropy(soft).mean().item(), "rows_per_token": entropy(alpha).exp().mean().item(),
             "rows_used": entropy(use).exp().item(), "dead": (use < 0.1 / m).double().mean().item(),
             "moves": (top[1:] != top[:-1])[inside].double().mean().item(), "moves_if_random": 1 - share.square().sum().item(),
@@ -273,18 +275,21 @@ def measure_routing(model, checkpoint, folder, device, n_tokens):
     m = model.config.n_rows
     table(["layer", "entropy", f"rows per token (of {m})", "rows used", "dead", "top row moves", "if random", "told by token",
            "by most common", "eta", "mu", "half-life: min, median, max"],
-          [[i, f"{s['entropy']:.2f}", f"{s['rows_per_token']:.1f}", f"{s['rows_used']:.1f}", f"{s['dead']:.0%}", f"{s['moves']:.0%}",
-            f"{s['moves_if_random']:.0%}", f"{s['told_by_token']:.0%}", f"{s['told_by_most_common']:.0%}", f"{s['eta'][0]:.2f}",
-            f"{s['mu'][0]:.2f}", "{:.0f}, {:.0f}, {:.0f}".format(*s["half_life"][::2])] for i, s in enumerate(layers)])
+          [[i, f"{s['entropy']:.2f}", f"{s['rows_per_token']:.1f}", f"{s['rows_used']:.1f}", f"{s['dead']:.0%}",
+            f"{s['moves']:.0%}",
+            f"{s['moves_if_random']:.0%}", f"{s['told_by_token']:.0%}", f"{s['told_by_most_common']:.0%}",
+            f"{s['eta'][0]:.2f}", f"{s['mu'][0]:.2f}", "{:.0f}, {:.0f}, {:.0f}".format(*s["half_life"][::2])]
+           for i, s in enumerate(layers)])
     for i, s in enumerate(layers):
         print(f"\nlayer {i}, the tokens that each row takes most often beyond its average:")
         for row, collected in enumerate(s["collected"]):
             print(f"  {row:4d} {s['use'][row]:6.1%}  " + " ".join(map(repr, collected)))
-    start = 40 if n > 100 else 0                        # a stretch of the first window for the heat map
+    start = min(40, max(context - 48, 0))               # a stretch of the first window for the heat map
     stretch = slice(start, min(start + 48, context))
     sentence = {"tokens": [words[t] for t in tokens[stretch].tolist()],
                 "alpha": [[[round(v, 3) for v in row] for row in layer[1][stretch].tolist()] for layer in seen]}
-    return {"step": checkpoint["step"], "tokens": n, "n_rows": m, "k_rows": model.config.k_rows, "layers": layers, "sentence": sentence}
+    return {"step": checkpoint["step"], "tokens": n, "n_rows": m, "k_rows": model.config.k_rows, "layers": layers,
+            "sentence": sentence}
 
 
 def draw_routing(result, plt):
@@ -293,7 +298,8 @@ def draw_routing(result, plt):
     for i, (ax, alpha) in enumerate(zip(axes[:, 0], alphas, strict=True)):
         ax.imshow(np.array(alpha).T, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
         ax.set(ylabel=f"layer {i}\nrow")
-    axes[-1, 0].set_xticks(range(len(words)), [w.replace("\n", "\\n").replace("$", r"\$") for w in words], rotation=90, fontsize=8)
+    words = [w.replace("\n", "\\n").replace("$", r"\$") for w in words]
+    axes[-1, 0].set_xticks(range(len(words)), words, rotation=90, fontsize=8)
     return figure
 
 

@@ -23,23 +23,81 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LINES, OUT = HERE / "results/experiments.jsonl", Path("out-experiments")
 
+SEEDS = 1337, 1, 2
 SIZE = "--n_layer 5 --d_model 128 --n_rows 32 --k_rows 8 --context 256 --batch_size 8 --eval_every 100 --sample_tokens 0"
 MODELS = {"sparse": "", "dense": "--k_rows none", "transformer": "--mixer attention", "mamba2": "--mixer mamba2",
-          "extended": "--conv 4 --gate"}
-SEEDS = 1337, 1, 2
+          "extended": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
+# the best of the sweep below, which was run first
+LR = {"sparse": "8e-3", "dense": "8e-3", "transformer": "4e-3", "mamba2": "8e-3", "extended": "8e-3"}
+
+# one change each to the sparse memory
+ABLATIONS = {"base": "", "tau=1": "--tau 1", "tau=0.125": "--tau 0.125", "alpha_std=0.25": "--alpha_std 0.25",
+             "alpha_std=4": "--alpha_std 4", "router_lr=3": "--router_lr 3", **{name: f"--ablation {name}" for name in (
+                 "eta=1", "eta=0.8", "mu=1", "mu=0.8", "norm_after", "untied", "no_renorm", "balance=0.01")},
+             "conv": "--conv 4", "gate": "--gate", "conv+gate": "--conv 4 --gate"}
+
+# the memory scaling: rows, and how many of them a token takes
+ROWS = [(m, k) for m in (4, 16, 32, 64, 128) for k in dict.fromkeys((None, 4, m // 4)) if k != m]
+TAUS = "0.25", "1", "0.5", "0.125"
+SMALL = "--n_layer 4 --d_model 96 --context 256 --batch_size 8 --lr 8e-3 --max_steps 200 --eval_every 200 --sample_tokens 0"
+
+# recall: two layers of width 64
+RECALL = "--n_layer 2 --d_model 64 --n_rows 64 --k_rows 16 --lr 4e-3 --sample_tokens 0"
+TASKS = {"mqar": "--context 64 --batch_size 32 --max_steps 1200 --eval_every 200",
+         "passkey": "--context 256 --batch_size 8 --max_steps 600 --eval_every 200"}
+RECALL_MODELS = {"m=16": "--n_rows 16 --k_rows 4", "m=64": "", "m=64, untied": "--ablation untied", "m=64, conv, gate": "--conv 4 --gate",
+                 "m=64, conv, gate, untied": "--conv 4 --gate --ablation untied", "transformer": "--mixer attention --n_head 4",
+                 "mamba2": "--mixer mamba2"}
 
 
 def experiments():
     """{name: command}, in the order in which they are run; the first part of a name is its experiment."""
     runs = {}
-    for lr in ("4e-3", "2e-3", "8e-3"):
+    for lr in ("4e-3", "2e-3", "8e-3", "16e-3"):
         for model, options in MODELS.items():
-            runs[f"lr/{model}_{lr}"] = train(f"{options} --lr {lr} --max_steps 300")
-    return runs
+            runs[f"lr/{model}_{lr}"] = f"python train.py {SIZE} {options} --lr {lr} --max_steps 300"
+    for seed in SEEDS:
+        for model, options in MODELS.items():
+            runs[f"short/{model}_{seed}"] = f"python train.py {SIZE} {options} --lr {LR[model]} --max_steps 500 --seed {seed}" + (
+                " --keep_every 100" if model in ("sparse", "extended") and seed == SEEDS[0] else "")
+    for seed in SEEDS:
+        for model in MODELS:
+            runs[f"long/{model}_{seed}"] = f"python eval.py {OUT}/short/{model}_{seed}/last.pt --long 128 --tokens 65536 --recall"
+            if model not in ("transformer", "mamba2"):
+                runs[f"routing/{model}_{seed}"] = f"python eval.py {OUT}/short/{model}_{seed}/last.pt --routing --tokens 65536"
+    for model in ("sparse", "extended"):
+        for step in range(0, 500, 100):
+            runs[f"routing/{model}_{SEEDS[0]}_{step}"] = (
+                f"python eval.py {OUT}/short/{model}_{SEEDS[0]}/step-{step}.pt --routing --tokens 16384")
+    for task, options in TASKS.items():
+        names = {f"{task}/{model}_{seed}".replace(", ", "+"): f"{more} --seed {seed}" for seed in SEEDS
+                 for model, more in RECALL_MODELS.items() if task == "mqar" or "untied" not in model}
+        for name, more in names.items():
+            runs[name] = f"python train.py --data {task} {RECALL} {options} {more}"
+        for name in names:
+            runs[f"recall-{name}"] = f"python eval.py {OUT}/{name}/last.pt --recall"
+    for seed in SEEDS:
+        for name, options in ABLATIONS.items():
+            runs[f"ablation/{name}_{seed}"] = f"python train.py {SIZE} --lr 8e-3 {options} --max_steps 200 --seed {seed}"
+    for tau in TAUS:
+        for m, k in ROWS:
+            runs[f"rows/{m}_{k}_{tau}_{SEEDS[0]}"] = rows_command(m, k, tau, SEEDS[0])
+    for m, k in ROWS:                                   # the other seeds, with the tau that was best
+        tau = best_tau(m, k)
+        for seed in SEEDS[1:] if tau else ():
+            runs[f"rows/{m}_{k}_{tau}_{seed}"] = rows_command(m, k, tau, seed)
+    return {name: " ".join(command.split()) for name, command in runs.items()}
 
 
-def train(options):
-    return f"python train.py {SIZE} {options}"
+def rows_command(m, k, tau, seed):
+    return f"python train.py {SMALL} --n_rows {m} --k_rows {k or 'none'} --tau {tau} --seed {seed}"
+
+
+def best_tau(m, k):
+    """The tau with the lowest loss for the first seed; None as long as they have not all been run."""
+    done = results()
+    found = {tau: done.get(f"rows/{m}_{k}_{tau}_{SEEDS[0]}") for tau in TAUS}
+    return min(TAUS, key=lambda tau: found[tau]["result"]["nats"]) if all(found.values()) else None
 
 
 # ----------------------------------------------------------------------------------------------------------- running them

@@ -97,7 +97,7 @@ class FMemConfig:
         if self.scan not in ("auto", "loop", "chunked", "kernel"):
             raise ValueError(f'scan must be "auto", "loop", "chunked" or "kernel", not {self.scan!r}')
         if type(self.conv) is not int or self.conv < 0 or type(self.gate) is not bool:
-            raise ValueError(f"conv must be a whole number of at least 0 and gate True or False, not {self.conv!r}, {self.gate!r}")
+            raise ValueError(f"conv must be a whole number, 0 or more, and gate True or False, not {self.conv!r}, {self.gate!r}")
         if self.mixer not in ("memory", "attention", "mamba2"):
             raise ValueError(f'mixer must be "memory", "attention" or "mamba2", not {self.mixer!r}')
         if self.mixer != "memory" and (self.conv or self.gate or self.ablation):
@@ -112,7 +112,7 @@ class FMemConfig:
             if matched:
                 self.d_mlp -= round(more / (3 * self.d_model) / 8) * 8
             if self.d_mlp < 1:
-                raise ValueError(f"{self.mixer} has {more:,} parameters more than the memory, and the MLP not as many; set d_mlp")
+                raise ValueError(f"{self.mixer} adds {more:,} parameters to the memory's, and the MLP has not as many; set d_mlp")
 
 
 def make_mixer(config: FMemConfig) -> nn.Module:

@@ -76,7 +76,8 @@ def main(argv=None):
         device, why = pick_device(a.device)
         checkpoint = load_checkpoint(path, device)
         if checkpoint["tokenizer"] is None:
-            raise ValueError(f"{path} was trained on {checkpoint['corpus']}, not on text; python eval.py {path} --recall tests it")
+            raise ValueError(f"{path} was trained on {checkpoint['corpus']}, not on text; "
+                             f"python eval.py {path} --recall tests it")
         model, enc = model_from(checkpoint, device, scan="auto"), load_tokenizer(checkpoint["tokenizer"])
         print(f"{path}: step {checkpoint['step']}, trained on {checkpoint['corpus']}; device {device} ({why})\n", file=sys.stderr)
         prompt = read_prompt(a.prompt)

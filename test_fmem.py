@@ -37,10 +37,11 @@ except ImportError:
     triton = None
 
 import bench
+import eval as eval_py
 import fmem
 import sample as sample_py
 import train as train_py
-from data import prepare
+from data import prepare, recall
 from fmem import FactorizationMemory, FMem, FMemConfig, scan_chunked, scan_loop
 
 HERE = Path(__file__).resolve().parent
@@ -986,7 +987,7 @@ def test_resume_is_bit_for_bit(number, corpus, run20, tmp_path, monkeypatch):
         assert train_py.train(given)["step"] == 10
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     with open(tmp_path / "out/log.csv", "a") as f:
-        f.write("11,1056,0.1,3.0,1e-3,1,9,,,\n1")                 # a kill: a row after the checkpoint, and half a row
+        f.write("11,1056,0.1,3.0,1e-3,1,9,,,,\n1")                 # a kill: a row after the checkpoint, and half a row
     resumed = train_py.train({"out": given["out"], "resume": True})
     whole = run20[1]
     for part in ("model", "optimizer", "config", "tokenizer", "best", "random"):
@@ -1241,6 +1242,483 @@ def test_stream_never_cuts_a_character(corpus, capsys):
     parrot = Parrot()
     made, _ = sample_py.stream(parrot, enc, "", "cpu", 0)
     assert parrot.shown == "é東🙂\ufffda\ufffd[2J" and made == len(said) - 1
+
+
+# ----------------------------------------------------------------------------- other mixers, extensions and ablations
+
+MIXERS = {"attention": dict(mixer="attention", n_head=4, n_kv_head=2), "mamba2": dict(mixer="mamba2", n_head=2, d_state=5),
+          "conv": dict(conv=3), "gate": dict(gate=True), "both": dict(conv=4, gate=True, k_rows=None)}
+ABLATIONS = "eta=1", "mu=1", "eta=0.8", "mu=0.8", "untied", "norm_after", "no_renorm", "balance=0.01"
+
+
+def mixer64(**changes):
+    """A layer in float64 with all of its weights drawn, those that start at a constant included."""
+    layer = fmem.make_mixer(tiny(d_mlp=32, **changes)).double()
+    layer.init_weights(lambda weight, scale=1.0: torch.nn.init.normal_(weight, std=scale / weight.shape[1] ** 0.5), 1.0)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name.startswith(("w_", "D", "norm", "gate_norm")):
+                p.add_(torch.randn_like(p))
+    return layer
+
+
+def attention_reference(layer, x):
+    """LLaMA's attention for one text, query by query, rotations as complex numbers."""
+    H, D, n_kv = layer.n_head, layer.D, layer.n_kv
+    positions = torch.arange(len(x), dtype=torch.float64)
+    turn = torch.polar(torch.ones(len(x), D // 2, dtype=torch.float64),
+                       positions[:, None] * 10000.0 ** (-2 * torch.arange(D // 2, dtype=torch.float64) / D))
+
+    def rotated(v):
+        z = torch.complex(v[:, :D // 2], v[:, D // 2:]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    heads = []
+    for i in range(H):
+        j = i * n_kv // H                               # queries share keys and values with their neighbours
+        q = rotated(x @ layer.W_q.weight[i * D:(i + 1) * D].T)
+        k = rotated(x @ layer.W_k.weight[j * D:(j + 1) * D].T)
+        v = x @ layer.W_v.weight[j * D:(j + 1) * D].T
+        heads.append(torch.stack([torch.softmax(k[:t + 1] @ q[t] / D**0.5, 0) @ v[:t + 1] for t in range(len(x))]))
+    return torch.cat(heads, -1) @ layer.W_o.weight.T
+
+
+def conv_reference(conv, x):
+    """Each channel by itself: bias + sum_j weight[j] x[t - width + 1 + j], then x sigmoid(x)."""
+    w, padded = conv.weight.shape[1], torch.cat([torch.zeros_like(x[:1]).expand(conv.weight.shape[1] - 1, -1), x])
+    u = torch.stack([conv.bias + sum(conv.weight[:, j] * padded[t + j] for j in range(w)) for t in range(len(x))])
+    return u * torch.sigmoid(u)
+
+
+def mamba2_reference(layer, x):
+    """Mamba-2's equations for one text, token by token and head by head."""
+    inner, N, H, P = layer.P * layer.H, layer.N, layer.H, layer.P
+    projected = x @ layer.W_in.weight.T
+    z, u, delta = projected[:, :inner], projected[:, inner:-H], projected[:, -H:]
+    u = conv_reference(layer.conv, u)
+    delta = torch.log1p(torch.exp(delta + layer.delta_bias))
+    S, ys = [x.new_zeros(P, N) for _ in range(H)], []
+    for t in range(len(x)):
+        X, B, C = u[t, :inner], u[t, inner:inner + N], u[t, inner + N:]
+        out = []
+        for i in range(H):
+            X_i, A = X[i * P:(i + 1) * P], -torch.exp(layer.A_log[i])
+            S[i] = torch.exp(delta[t, i] * A) * S[i] + delta[t, i] * torch.outer(X_i, B)
+            out.append(S[i] @ C + layer.D[i] * X_i)
+        Y = torch.cat(out) * z[t] * torch.sigmoid(z[t])
+        ys.append(layer.W_o.weight @ (Y / torch.sqrt((Y * Y).mean() + layer.config.norm_eps) * layer.norm.weight))
+    return torch.stack(ys)
+
+
+def extended_reference(layer, x):
+    """ExtendedMemory's equation around the plain memory's read."""
+    u = conv_reference(layer.conv, x) if layer.config.conv else x
+    y = layer.read(u[None], None)[0][0]
+    if layer.config.gate:
+        g = x @ layer.W_g.weight.T
+        y = y * g * torch.sigmoid(g)
+        y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + layer.config.norm_eps) * layer.gate_norm.weight
+    return y @ layer.W_o.weight.T
+
+
+@pytest.mark.parametrize("T", [1, 3, 64, 65, 130])              # chunks of Mamba-2 are 64
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_are_their_equations(name, T):
+    """Outputs and the gradients of all weights and of the input, in float64."""
+    layer = mixer64(**MIXERS[name])
+    reference_of = {"attention": attention_reference, "mamba2": mamba2_reference}.get(name, extended_reference)
+    x = torch.randn(2, T, 16, dtype=torch.float64, requires_grad=True)
+    leaves, weigh = [x, *layer.parameters()], torch.randn(2, T, 16, dtype=torch.float64)
+    y = layer(x)[0]
+    want = torch.stack([reference_of(layer, text) for text in x])
+    got = [y, *torch.autograd.grad((y * weigh).sum(), leaves)]
+    want = [want, *torch.autograd.grad((want * weigh).sum(), leaves)]
+    errors = [error(a, b, 1e-3) for a, b in zip(got, want, strict=True)]     # at T = 1 some gradients are 0
+    assert all(e < 1e-10 for e in errors)
+
+
+@pytest.mark.parametrize("name", [*MIXERS, *ABLATIONS])
+def test_mixers_split_anywhere_and_their_state_can_be_saved(name):
+    """One pass = pieces = steps, the state through torch.save in between; and a state given to forward is not changed."""
+    layer = mixer64(**MIXERS.get(name, dict(ablation=name))).eval()
+    x = torch.randn(2, 150, 16, dtype=torch.float64)
+    whole = layer(x)[0]
+    with torch.no_grad():
+        y, state = layer(x[:, :70])
+        parts = [y]
+        for t in range(70, 80):
+            y, state = layer.step(x[:, t], state)
+            parts.append(y[:, None])
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=True)
+        rest, after = layer(x[:, 80:], state)
+        assert torch.equal(rest, layer(x[:, 80:], again)[0]) and same(state, again)
+        assert error(torch.cat([*parts, rest], 1), whole) < 1e-7        # TINY = 2e-9 where eta is 1
+        steps = [layer.step(x[:, t], again) for t in range(80, 81)]
+        assert error(steps[0][0], rest[:, 0]) < 1e-7
+    x.requires_grad_()
+    y, state = layer.step(x[:, 0])                                      # and gradients go through steps
+    y, state = layer.step(x[:, 1], state)
+    assert torch.autograd.grad(y.sum(), x)[0][:, 0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_generate_with_every_mixer(name):
+    """The likeliest token, one at a time, is that of the whole text read anew."""
+    model = FMem(tiny(**MIXERS[name])).double().eval()
+    tokens = torch.randint(50, (2, 9))
+    for token in model.generate(tokens, 12, temperature=0):
+        assert torch.equal(token, model(tokens)[0][:, -1].argmax(-1))
+        tokens = torch.cat([tokens, token[:, None]], 1)
+
+
+def test_attention_is_that_of_transformers():
+    """The whole model against LlamaForCausalLM with the same weights (which rotates and normalises in float32)."""
+    transformers = pytest.importorskip("transformers", reason="the transformers package is not installed")
+    ours = FMem(tiny(d_model=48, mixer="attention", n_head=6, n_kv_head=2, d_mlp=80)).double()
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True)).double()
+    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+    parts = {"memory_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "memory.W_q": "self_attn.q_proj",
+             "memory.W_k": "self_attn.k_proj", "memory.W_v": "self_attn.v_proj", "memory.W_o": "self_attn.o_proj",
+             "mlp.W_gate": "mlp.gate_proj", "mlp.W_up": "mlp.up_proj", "mlp.W_down": "mlp.down_proj"}
+    names |= {f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for i in range(2) for a, b in parts.items()}
+    llama.load_state_dict({names[k.removesuffix(".weight")] + ".weight": v for k, v in ours.state_dict().items()})
+    tokens = torch.randint(50, (2, 37))
+    assert error(ours(tokens)[0], llama(tokens).logits) < 2e-6
+
+
+def test_mamba2_is_that_of_transformers():
+    """The layer against Mamba2Mixer with the same weights (which computes in float32)."""
+    pytest.importorskip("transformers", reason="the transformers package is not installed")
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+    ours = mixer64(d_model=32, mixer="mamba2", n_head=4, d_state=16)
+    config = Mamba2Config(hidden_size=32, num_heads=4, head_dim=16, state_size=16, n_groups=1, expand=2, conv_kernel=4,
+                          layer_norm_epsilon=1e-5, chunk_size=16, use_bias=False)
+    theirs = Mamba2Mixer(config, 0).double()
+    names = {"W_in.weight": "in_proj.weight", "conv.weight": "conv1d.weight", "conv.bias": "conv1d.bias", "delta_bias": "dt_bias",
+             "W_o.weight": "out_proj.weight"}
+    weights = {names.get(k, k): v for k, v in ours.state_dict().items()}
+    weights["conv1d.weight"] = weights["conv1d.weight"][:, None]
+    theirs.load_state_dict(weights)
+    x = torch.randn(2, 37, 32, dtype=torch.float64)
+    assert error(ours(x)[0], theirs(x)) < 2e-6
+
+
+@pytest.mark.parametrize("size", [dict(d_model=128, n_rows=32), dict(d_model=192, n_rows=32), dict(d_model=384, n_rows=64)])
+def test_mixers_have_as_many_parameters(size):
+    def parameters(**changes):
+        with torch.device("meta"):
+            model = FMem(FMemConfig(n_layer=5, **size, **changes))
+        return sum(p.numel() for p in model.parameters())
+    plain = parameters()
+    for changes in (dict(mixer="attention"), dict(mixer="mamba2"), dict(conv=4, gate=True), dict(gate=True), dict(conv=4),
+                    *(dict(ablation=a) for a in ABLATIONS)):
+        assert parameters(**changes) == pytest.approx(plain, rel=0.02)
+    assert parameters(mixer="mamba2", d_mlp=8) < 0.9 * plain           # a width that is asked for is taken
+
+
+def test_mamba2_starts_as_its_authors_start_it():
+    layer = fmem.make_mixer(FMemConfig(d_model=2048, mixer="mamba2", d_mlp=8))
+    layer.init_weights(lambda weight, scale=1.0: None, 1.0)
+    delta, A = F.softplus(layer.delta_bias), layer.A_log.exp()
+    assert delta.min() >= 0.99e-3 and delta.max() <= 0.101 and 0.005 < delta.median() < 0.02    # log-uniform
+    assert A.min() >= 1 and A.max() <= 16 and 6 < A.mean() < 11 and (layer.D == 1).all()
+
+
+def test_ablations_do_what_they_say():
+    x = torch.randn(2, 20, 16, dtype=torch.float64)
+    for name, rate in (("eta=1", "theta"), ("mu=1", "phi")):
+        theta, phi, _ = mixer64(ablation=name).route(x)
+        assert torch.allclose({"theta": theta, "phi": phi}[rate].sum(-1), torch.ones(2, 20, dtype=torch.float64))
+    theta, phi, _ = fmem.make_mixer(tiny(ablation="eta=0.8")).double().route(torch.zeros_like(x))
+    layer = FMem(tiny(ablation="mu=0.8")).blocks[0].memory
+    assert layer.route(x.float() * 0)[1].sum(-1).mean().item() == pytest.approx(0.8)
+    layer = mixer64(ablation="untied")
+    theta, phi, _ = layer.route(x)
+    assert torch.equal((theta > 0).sum(-1), torch.full((2, 20), 3)) and not torch.equal(theta > 0, phi > 0)
+    layer = mixer64(ablation="no_renorm")
+    theta, phi, _ = layer.route(x)
+    top = torch.softmax(layer.W_alpha(x) / 0.5, -1).topk(3, -1).values.sum(-1)
+    assert torch.allclose(theta.sum(-1), torch.sigmoid(layer.w_eta(x))[..., 0] * top)
+    layer = mixer64(ablation="norm_after")
+    theta, alpha, _ = layer.route(x)
+    h, mu = torch.zeros(2, 8, 24, dtype=torch.float64), torch.sigmoid(layer.w_mu(x))
+    for t in range(20):
+        h = (1 - theta[:, t, :, None]) * h + theta[:, t, :, None] * layer.W_i(x[:, t])[:, None]
+        y = (alpha[:, t, None] @ h)[:, 0]
+        y = mu[:, t] * y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-5)
+        assert error(layer(x)[0][:, t], y @ layer.W_o.weight.T) < 1e-6          # eps = 1e16 drowns the lengths
+    layer = mixer64(ablation="balance=0.5")
+    layer.W_alpha.weight.data.zero_()
+    layer(x)
+    assert layer.aux_loss.item() == pytest.approx(0.5)                          # flat affinities: m sum_i share_i / m = 1
+    model = FMem(tiny(ablation="balance=0.5"))
+    model(torch.randint(50, (2, 9)))
+    assert model.aux_loss() == sum(block.memory.aux_loss for block in model.blocks) and FMem(tiny()).aux_loss() == 0
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(mixer="rnn"), "mixer"), (dict(conv=-1), "conv"), (dict(gate=1), "gate"), (dict(mixer="attention", n_head=3), "n_head"),
+    (dict(mixer="attention", n_head=4, n_kv_head=3), "n_kv_head"), (dict(mixer="mamba2", n_head=3), "n_head"),
+    (dict(mixer="attention", n_head=16), "even"), (dict(n_head=0), "n_head"), (dict(mixer="mamba2", gate=True), "do not go with"),
+    (dict(ablation="eta"), "eta=NUMBER"), (dict(ablation="eta=2"), "eta=NUMBER"), (dict(ablation="mu=x"), "mu=NUMBER"),
+    (dict(ablation="untied=1"), "untied"), (dict(ablation="tau=1"), "not one of"), (dict(d_state=0), "d_state"),
+    (dict(mixer="mamba2", d_state=9999), "set d_mlp")])
+def test_config_of_mixers_says_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FMem(tiny(**changes))
+
+
+@pytest.mark.parametrize("name", [*MIXERS, "balance=0.01"])
+def test_training_with_every_mixer(name, corpus, tmp_path):
+    """It learns; and a resumed run is the unbroken one, bit for bit."""
+    given = settings(corpus, tmp_path / "whole", max_steps=6, eval_every=3, **MIXERS.get(name, dict(ablation=name)))
+    given |= {"n_head": None, "n_kv_head": None, "d_state": 8, "k_rows": 2}
+    whole = train_py.train(given)
+    losses = [loss for _, loss in log_rows(given["out"], "train_loss")]
+    assert losses[-1] < losses[0] - 0.1
+    shutil.copytree(given["out"], tmp_path / "half")
+    half = train_py.train({**given, "out": str(tmp_path / "half"), "overwrite": True, "keep_every": 3})
+    shutil.copy(tmp_path / "half/step-3.pt", tmp_path / "half/last.pt")
+    resumed = train_py.train({"out": str(tmp_path / "half"), "resume": True})
+    assert same(half["model"], whole["model"]) and same(resumed["model"], whole["model"])
+    model = train_py.model_from(resumed, "cpu")
+    assert same(model.state_dict(), whole["model"])
+
+
+def test_keep_every(corpus, tmp_path):
+    given = settings(corpus, tmp_path / "out", max_steps=5, keep_every=2)
+    train_py.train(given)
+    kept = sorted(tmp_path.glob("out/step-*.pt"))
+    assert [p.name for p in kept] == ["step-0.pt", "step-2.pt", "step-4.pt"]
+    assert [train_py.load_checkpoint(p)["step"] for p in kept] == [0, 2, 4]
+    train_py.train({**given, "overwrite": True, "keep_every": None})
+    assert not list(tmp_path.glob("out/step-*.pt"))                     # nothing is left of the run before
+
+
+def test_router_lr(corpus, tmp_path):
+    """W_alpha alone moves at its own rate, and a resumed run keeps it. AdamW's first step is the learning rate's size."""
+    moved = {}
+    for times in (1.0, 3.0):
+        given = settings(corpus, tmp_path / str(times), max_steps=1, router_lr=times, weight_decay=0.0, keep_every=1)
+        after = train_py.train(given)["model"]
+        before = train_py.load_checkpoint(tmp_path / str(times) / "step-0.pt")["model"]
+        moved[times] = {k: (after[k] - before[k]).abs().median().item() for k in after}
+        train_py.train({"out": given["out"], "resume": True, "max_steps": 2})
+    for k in moved[1.0]:
+        assert moved[3.0][k] == pytest.approx(moved[1.0][k] * (3 if k.endswith("W_alpha.weight") else 1), rel=0.01)
+
+
+def test_a_checkpoint_from_before_the_mixers_goes_on(run20, tmp_path):
+    """Fields that are younger than a checkpoint have their defaults."""
+    old = train_py.load_checkpoint(run20[0] / "last.pt")
+    young = ("mixer", "conv", "gate", "n_head", "n_kv_head", "d_state", "ablation")
+    for name in young:
+        del old["config"][name], old["settings"][name]
+    del old["settings"]["router_lr"], old["settings"]["keep_every"]
+    (tmp_path / "out").mkdir()
+    train_py.save_checkpoint(old, tmp_path / "out/last.pt")
+    assert train_py.train({"out": str(tmp_path / "out"), "resume": True, "max_steps": 21})["step"] == 21
+    assert train_py.model_from(old, "cpu").config.mixer == "memory"
+
+
+# ------------------------------------------------------------------------------------------------------- recall and eval
+
+def test_recall_windows():
+    task = recall.Recall("mqar", 64, batch_size=40, seed=3)
+    windows = task(5)
+    assert torch.equal(windows, task(5)) and torch.equal(windows[10:20], task(5, slice(10, 20)))
+    assert not torch.equal(windows, task(6))
+    counts = Counter()
+    for window, targets in zip(windows.tolist(), task.targets(windows).tolist(), strict=True):
+        ask = window.index(recall.ASK)
+        pairs = dict(zip(window[:ask:2], window[1:ask:2], strict=True))
+        counts[len(pairs)] += 1
+        asked = [(key, want) for key, want in zip(window, targets, strict=False) if want >= 0]
+        assert ask == 2 * len(pairs) and sorted(asked) == sorted(pairs.items())     # every key once, with its own value
+    assert set(counts) == {4, 8, 16}
+    task = recall.Recall("passkey", 40, batch_size=40, seed=3)
+    for window, targets in zip(task(0).tolist(), task.targets(task(0)).tolist(), strict=True):
+        at = window.index(recall.HERE)
+        assert window[at + 1:at + 5] == window[-4:] == [t for t in targets if t >= 0] == targets[-4:]
+        assert window[-5] == recall.ASK
+    assert task.make(np.random.default_rng(0), 1, 31)[0, 0] == recall.HERE
+    for name, hard in (("mqar", 17), ("passkey", 32)):
+        with pytest.raises(ValueError, match="room for"):
+            recall.Recall(name, 64 if name == "mqar" else 40).make(np.random.default_rng(0), 1, hard)
+        with pytest.raises(ValueError, match="--context of at least"):
+            recall.Recall(name, 3)
+
+
+def test_recall_is_scored_right():
+    """A model that knows the answers has all of them right, one that guesses a value 1 in 128."""
+    class Oracle(torch.nn.Module):
+        def __init__(self, knows):
+            super().__init__()
+            self.knows, self.seen = knows, []
+
+        def hidden(self, tokens, state):
+            before = tokens if state is None else torch.cat([state, tokens], 1)     # in pieces: the past is the state
+            return self.answer(before)[:, -tokens.shape[1]:], before
+
+        def answer(self, tokens):
+            logits = torch.zeros(*tokens.shape, recall.VOCAB)
+            for b, text in enumerate(tokens.tolist()):
+                known = dict(itertools.pairwise(text)) if self.knows else {}
+                for t, token in enumerate(text):
+                    if recall.ASK in text[:t]:
+                        logits[b, t, dict(itertools.pairwise(text)).get(token, 128) if known else 128] = 99.0
+            return logits
+
+        def head(self, x):
+            return x
+
+    task = recall.Recall("mqar", 64)
+    for knows, right in ((True, 1.0), (False, 1 / 128)):
+        nats, got = task.evaluate(Oracle(knows), torch.device("cpu"), contextlib.nullcontext, windows=64, hard=16, piece=20)
+        assert got == pytest.approx(right, abs=0 if knows else 0.012) and (nats < 1e-6) == knows    # 1,024 answers
+
+
+@pytest.fixture(scope="session")
+def recall_runs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("recall")
+    for task in recall.TASKS:
+        train_py.train(settings(task, out / task, context=32, max_steps=4, eval_every=4, k_rows=2))
+    return out
+
+
+def test_training_on_recall(recall_runs, tmp_path, capsys):
+    checkpoint = train_py.load_checkpoint(recall_runs / "mqar/best.pt")
+    assert checkpoint["corpus"] == "mqar" and checkpoint["tokenizer"] is None
+    assert len(log_rows(recall_runs / "mqar", "val_accuracy")) == 2
+    assert 4.5 < log_rows(recall_runs / "mqar", "val_loss")[-1][1] < 6          # ln 128 = 4.85, ln 259 = 5.56
+    for task, key in (("mqar", "pairs"), ("passkey", "distance")):
+        eval_py.main([str(recall_runs / task / "best.pt"), "--recall", "--json", str(tmp_path / "a.json")])
+        rows = json.loads((tmp_path / "a.json").read_text())["recall"]["rows"]
+        assert [r[key] for r in rows] == ([4, 8] if task == "mqar" else [23, 119, 503, 4087])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="eval.py --recall|--recall tests it"):
+        sample_py.main(["--checkpoint", str(recall_runs / "mqar/best.pt")])
+    with pytest.raises(SystemExit, match="trained on mqar"):
+        eval_py.main([str(recall_runs / "mqar/best.pt"), "--routing"])
+
+
+def test_eval_losses_are_those_of_the_training(run20, corpus):
+    checkpoint = train_py.load_checkpoint(run20[0] / "last.pt")
+    model = train_py.model_from(checkpoint, "cpu")
+    _, val, *_ = prepare.load(corpus)
+    tokens = torch.from_numpy(val[:97].astype(np.int64))
+    for length in (24, 96):
+        losses = eval_py.token_losses(model, tokens, length, torch.device("cpu"))
+        want = [F.cross_entropy(model(tokens[a:a + length][None])[0][0], tokens[a + 1:a + length + 1], reduction="none")
+                for a in range(0, 96, length)]
+        assert error(losses, torch.cat(want)) < 1e-6
+    got = eval_py.measure_loss(model, checkpoint, None, torch.device("cpu"))
+    assert got["nats"] == pytest.approx(log_rows(run20[0], "val_loss")[-1][1], rel=1e-5)       # log.csv keeps 6 digits
+    count = [r["to"] - r["from"] + 1 for r in got["by_position"]]
+    mean = sum(n * r["nats"] for n, r in zip(count, got["by_position"], strict=True)) / sum(count)
+    assert sum(count) == 24 and mean == pytest.approx(got["nats"], rel=0.02)                   # but for the last, short window
+
+
+def test_eval_long(run20, corpus, monkeypatch):
+    """Without a memory the length of the window cannot matter; one that reads the wrong thing further on shows."""
+    checkpoint = train_py.load_checkpoint(run20[0] / "last.pt")
+    checkpoint["settings"]["context"] = 32
+    model = train_py.model_from(checkpoint, "cpu")
+    cpu = torch.device("cpu")
+    for block in model.blocks:
+        block.memory.W_o.weight.data.zero_()
+    result = eval_py.measure_long(model, checkpoint, None, cpu, 8, 10**9)
+    assert [r["length"] for r in result["rows"]] == [32, 64, 128, 256]
+    assert all(abs(r["position"] - result["base"]) < 1e-5 for r in result["rows"])
+    assert all(abs(r["mean"] - result["rows"][0]["mean"]) < 1e-5 for r in result["rows"])
+    losses = eval_py.token_losses
+
+    def worse(model, tokens, length, device):                           # a nat more from the 33rd token on
+        return losses(model, tokens, length, device) + (torch.arange(len(tokens) - 1) % length >= 32)
+
+    monkeypatch.setattr(eval_py, "token_losses", worse)
+    result = eval_py.measure_long(model, checkpoint, None, cpu, 8, 10**9)
+    for r, beyond in zip(result["rows"], (0, 1, 1, 1), strict=True):
+        assert r["position"] - result["base"] == pytest.approx(beyond, abs=1e-5)
+        assert r["mean"] - result["rows"][0]["mean"] == pytest.approx(1 - 32 / r["length"], abs=1e-5)
+    with pytest.raises(ValueError, match="at most"):
+        eval_py.measure_long(model, checkpoint, None, cpu, 10**6, 10**9)
+
+
+def test_eval_repeat_sees_a_copy(run20, monkeypatch):
+    """A model that copies foresees a passage the second time, at the distances that it can look back."""
+    checkpoint = train_py.load_checkpoint(run20[0] / "last.pt")
+    vocab = checkpoint["config"]["vocab_size"]
+
+    def copier(tokens, state=None):
+        logits = torch.zeros(*tokens.shape, vocab)
+        for b, text in enumerate(tokens.tolist()):
+            for t in range(1, len(text)):
+                back = [s for s in range(max(1, t - 200), t) if text[s - 1:s + 1] == text[t - 1:t + 1]]
+                if back:
+                    logits[b, t, text[back[0] + 1]] = 9.0
+        return logits, state
+
+    rows = eval_py.measure_recall(copier, checkpoint, None, torch.device("cpu"))["rows"]
+    gains = {r["distance"]: r["first"] - r["second"] for r in rows}
+    assert gains[0] > 2 and gains[64] > 2 and abs(gains[256]) < 1.5 and gains[0] > gains[256] + 1
+
+
+def test_eval_routing(run20, corpus):
+    """On a memory whose affinities are known."""
+    checkpoint = train_py.load_checkpoint(run20[0] / "last.pt")
+    n, m, context = 960, 8, 24
+    tokens = torch.randint(100, (n,))
+    words = list(map(str, range(200)))
+    eta, flat = torch.full((n,), 0.5, dtype=torch.float64), torch.full((n, m), 1 / m, dtype=torch.float64)
+    hard = F.one_hot(tokens % 4, m).double()                            # the token alone decides, half of the rows are dead
+    got = eval_py.describe(flat, hard, eta, eta, tokens, context, words)
+    assert got["entropy"] == pytest.approx(math.log(m)) and got["rows_per_token"] == pytest.approx(1)
+    assert got["rows_used"] == pytest.approx(4, rel=0.02) and got["dead"] == 0.5 and got["told_by_token"] > 0.98
+    assert got["moves"] == pytest.approx(0.75, abs=0.06) and got["moves_if_random"] == pytest.approx(0.75, abs=0.01)
+    assert got["told_by_most_common"] < 0.35 and got["eta"] == [0.5, pytest.approx(0)]
+    assert all(int(word) % 4 == row for row, kept in enumerate(got["collected"]) for word in kept)
+    # a write of 1/2 to a quarter of the tokens: ln 2 / (ln 2 / 4) = 4 tokens
+    assert got["half_life"][0] == pytest.approx(4, rel=0.2) and got["half_life"][-1] > 1e9
+    same_row = F.one_hot(torch.zeros(n, dtype=torch.long), m).double()
+    got = eval_py.describe(flat, same_row, eta, eta, tokens, context, words)
+    assert got["moves"] == 0 and got["rows_used"] == pytest.approx(1) and got["told_by_most_common"] == 1
+    # and what is recorded is what the layer does
+    model = train_py.model_from(checkpoint, "cpu")
+    seen = eval_py.record_routing(model, tokens[:48] % 50, context, torch.device("cpu"))
+    soft, alpha, eta, mu = seen[0]
+    assert soft.shape == alpha.shape == (48, 8) and torch.allclose(soft.sum(-1), torch.ones(48).double())
+    assert ((alpha > 0).sum(-1) == 2).all() and torch.allclose(alpha.sum(-1), torch.ones(48).double(), atol=1e-6)
+    x = model.blocks[0].memory_norm(model.embed(tokens[:24] % 50))
+    theta, _, rows = model.blocks[0].memory.route(x)
+    assert torch.allclose((alpha * eta[:, None])[:24].gather(-1, rows), theta.double(), atol=1e-6)
+    assert "route" not in vars(model.blocks[0].memory)                  # nobody watches any more
+
+
+def test_eval_command(run20, corpus, recall_runs, tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, HERE / "eval.py", *map(str, arguments)], capture_output=True, encoding="utf-8",
+                              errors="replace")
+    best = run20[0] / "best.pt"
+    everything = [best, "--loss", "--long", 2, "--recall", "--routing", "--figure", tmp_path / "f.png"]
+    twice = [run(*everything, "--json", tmp_path / f"{i}.json") for i in range(2)]
+    assert twice[0].returncode == 0, twice[0].stderr
+    assert twice[0].stdout == twice[1].stdout and (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+    assert set(json.loads((tmp_path / "0.json").read_text())) == {"loss", "long", "recall", "routing"}
+    assert len(list(tmp_path.glob("f-*.png"))) == 3
+    for arguments, message in [([tmp_path / "no.pt"], "does not exist"), ([best, "--long", 0], "--long"),
+                               ([best, "--tokens", 0], "--tokens"), ([best, "--long", 10**7], "at most"),
+                               ([best, "--data", tmp_path], "prepare"), ([best, "--x"], "--x"),
+                               ([recall_runs / "mqar/best.pt", "--loss"], "mqar"),
+                               ([best, "--json", tmp_path / "no/f.json"], "No such file")]:
+        done = run(*arguments)
+        assert done.returncode != 0 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- bench

@@ -1,7 +1,8 @@
 """Two tasks that ask for recall alone, made anew for every batch: `python train.py --data mqar` or `--data passkey`.
 
     mqar     k1 v1 k2 v2 ... kn vn ? k7 v7 k2 v2 ...      multi-query associative recall (Zoology, arXiv 2312.04927): each key
-                                                          has a random value, and every key is asked for once
+                                                          has a random value, and every key is asked for: in
+                                                          training over and over, to the window's end; in a test once
     passkey  noise ... ! d1 d2 d3 d4 noise ... ? d1 d2 d3 d4      four random digits to be kept while noise goes by
 
 Only the answers, what follows "?", count in the loss and in the accuracy; the rest cannot be foreseen.
@@ -11,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 TASKS = "mqar", "passkey"
-KEYS = VALUES = NOISE = 128             # tokens 0 ... 127: keys, or noise; from 128 on: values, of which ten are the digits
+KEYS = VALUES = NOISE = 64              # tokens 0 ... 63: keys, or noise; from 64 on: values, of which ten are the digits
 DIGITS, LENGTH = 10, 4
-ASK, HERE, FILL = 256, 257, 258         # "?", "!", and what fills a window up
-VOCAB = 259
+ASK, HERE, FILL = 128, 129, 130         # "?", "!", and what fills a window up
+VOCAB = 131
 
 
 class Recall:
@@ -66,14 +67,16 @@ class Recall:
 
 def mqar(rng, length, pairs=None):
     most = min((length - 1) // 4, KEYS)
-    if pairs is None:                   # 4, 8, 16, ... pairs: each as often as the others
+    training = pairs is None
+    if training:                        # 4, 8, 16, ... pairs: each as often as the others
         pairs = 4 * 2 ** rng.integers(int(np.log2(most / 4)) + 1)
     if not 1 <= pairs <= most:
         raise ValueError(f"{length - 1} tokens have room for 1 to {most} pairs, not {pairs}")
     keys = rng.permutation(KEYS)[:pairs]
     both = np.stack([keys, KEYS + rng.integers(VALUES, size=pairs)], 1)
-    window = np.concatenate([both.ravel(), [ASK], both[rng.permutation(pairs)].ravel()])
-    return np.concatenate([window, np.full(length - len(window), FILL)])
+    times = -(-length // (2 * pairs)) if training else 1
+    asked = [both[rng.permutation(pairs)].ravel() for _ in range(times)]
+    return np.concatenate([both.ravel(), [ASK], *asked, np.full(length, FILL)])[:length]
 
 
 def passkey(rng, length, distance=None):
