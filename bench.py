@@ -386,7 +386,7 @@ def table_training(quick):
         times = clock({name: functools.partial(train_step, model, tokens) for name, model in models.items()}, 2 if quick else 7)
         row = dict(table="training", d_model=d, n_layer=n_layer, T=T, B=len(tokens), seconds=times)
         row["speed_over_transformer"] = {name: times["transformer"][0] / t[0] for name, t in times.items()}
-        if (GPU or os.path.exists("/proc/self/clear_refs")) and (quick or d == 256 and T in (256, 1024, 4096)):
+        if (GPU or os.path.exists("/proc/self/clear_refs")) and (quick or (d == 256 and T in (256, 1024, 4096))):
             row["peak_bytes"] = {name: in_a_process(f"print_training_peak({name!r}, {T}, {quick})") for name in MODELS}
         rows.append(row)
         print(f"training d {d} T {T:5d}  " + show_beside(times, "transformer")

@@ -45,9 +45,9 @@ SMALL = "--n_layer 4 --d_model 96 --context 256 --batch_size 8 --lr 8e-3 --max_s
 RECALL = "--n_layer 2 --d_model 64 --n_rows 64 --k_rows 16 --lr 4e-3 --sample_tokens 0"
 TASKS = {"mqar": "--context 64 --batch_size 32 --max_steps 1200 --eval_every 200",
          "passkey": "--context 256 --batch_size 8 --max_steps 600 --eval_every 200"}
-RECALL_MODELS = {"m=16": "--n_rows 16 --k_rows 4", "m=64": "", "m=64, untied": "--ablation untied", "m=64, conv, gate": "--conv 4 --gate",
-                 "m=64, conv, gate, untied": "--conv 4 --gate --ablation untied", "transformer": "--mixer attention --n_head 4",
-                 "mamba2": "--mixer mamba2"}
+RECALL_MODELS = {"m=16": "--n_rows 16 --k_rows 4", "m=64": "", "m=64, untied": "--ablation untied",
+                 "m=64, conv, gate": "--conv 4 --gate", "m=64, conv, gate, untied": "--conv 4 --gate --ablation untied",
+                 "transformer": "--mixer attention --n_head 4", "mamba2": "--mixer mamba2"}
 
 
 def experiments():
@@ -114,11 +114,14 @@ def run_one(name, command):
     words, start = command.split(), time.perf_counter()
     program = words[1]
     words = [sys.executable, *words[1:]]
-    if program == "train.py":
-        words += ["--out", str(out)] + ["--resume"] * (HERE / out / "last.pt").is_file()
-    else:
-        words += ["--json", str(out) + ".json"]
     (HERE / out).parent.mkdir(parents=True, exist_ok=True)
+    if program == "train.py":
+        begun = HERE / f"{out}.command"                 # what is in the folder is taken up only if it is of this command
+        same = begun.is_file() and begun.read_text(encoding="utf-8") == command and (HERE / out / "last.pt").is_file()
+        begun.write_text(command, encoding="utf-8")
+        words += ["--out", str(out), "--resume" if same else "--overwrite"]
+    else:
+        words += ["--json", f"{out}.json"]
     done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{name}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")

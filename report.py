@@ -8,13 +8,12 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiments import ABLATIONS, LR, MODELS, RECALL_MODELS, ROWS, SEEDS, SIZE, SMALL, TASKS, TAUS, best_tau, results
+from experiments import ABLATIONS, LR, MODELS, RECALL_MODELS, ROWS, SEEDS, SIZE, SMALL, TASKS, best_tau, results
 
 HERE = Path(__file__).resolve().parent
 NAMES = {"sparse": "memory, k = m/4", "dense": "memory, dense", "transformer": "Transformer", "mamba2": "Mamba-2",
          "extended": "memory + conv + gate"}
 COLORS = {"sparse": "C0", "dense": "C1", "transformer": "C2", "mamba2": "C3", "extended": "C4"}
-BYTES = 2.3447                          # bytes per token of the validation text, set from the data below
 
 
 def spread(values, digits=3):
@@ -43,18 +42,21 @@ def over_seeds(done, name, *keys):
 
 
 class Figures:
-    def __init__(self):
-        try:
-            import matplotlib
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-            self.plt = plt
-        except ImportError:
-            print("report.py: no matplotlib, so the figures stay as they are", file=sys.stderr)
-            self.plt = None
+    """Draws, or with draw=False only names, the figures."""
+
+    def __init__(self, draw=True):
+        self.plt = None
+        if draw:
+            try:
+                import matplotlib
+                matplotlib.use("Agg")
+                import matplotlib.pyplot as plt
+                self.plt = plt
+            except ImportError:
+                print("report.py: no matplotlib, so the figures stay as they are", file=sys.stderr)
 
     def draw(self, name, size, f, text):
-        """f(figure, pyplot) draws it; returns the Markdown that shows it."""
+        """f(figure) draws it; returns the Markdown that shows it."""
         if self.plt:
             figure = self.plt.figure(figsize=size)
             f(figure)
@@ -184,7 +186,7 @@ def rows_section(done, figures):
     updates = {"dense": lambda m: None, "k = 4": lambda m: 4, "k = m/4": lambda m: m // 4}
     rows, taus = [], []
     for m in sorted({m for m, _ in found}):
-        cells, all_taus = [], []
+        cells = []
         for pick in updates.values():
             k = pick(m) if pick(m) != m else None
             tau, nats = found.get((m, k), (None, []))
@@ -233,14 +235,13 @@ def speed(bench, figures):
     first = {B: next(r for r in generation if r["B"] == B)["token_seconds"]["sparse"][0] for B in (1, 16)}
     steps = [[r["B"], f"{r['context']:,}", *(f"{r['token_seconds'][m][0] / first[r['B']]:.2f}" if m in r["token_seconds"] else "-"
                                              for m in MODELS)] for r in generation]
-    prompts, seen = [], {}
+    prompts = []
     for r in generation:
         if r["prompt_seconds"]:
             cells = []
             for m in MODELS:
                 t = r["prompt_seconds"].get(m)
                 total = t and t[0] + 256 * r["token_seconds"][m][0]
-                seen[m, r["context"]] = total
                 cells.append(f"{(r['prompt_seconds']['sparse'][0] + 256 * r['token_seconds']['sparse'][0]) / total:.2f}" if t else "-")
             prompts.append([f"{r['context']:,}", *cells])
     sizes = [[f"{r['context']:,}", *(f"{r['state_bytes'][m] / 2**20:.2f}" for m in MODELS)] for r in generation if r["B"] == 1]
@@ -313,7 +314,7 @@ def recall_section(done, figures):
         axes[0].set(ylabel="share of right answers")
         axes[0].legend(fontsize=7)
 
-    tables = dict((task, shown) for task, shown, _, _ in text)
+    tables = {task: shown for task, shown, _, _ in text}
     return f"""## 5. Recall
 
 Two layers of width 64, about 110,000 parameters, trained on the task alone, all alike (lr 4e-3, three seeds, the commands below);
@@ -454,43 +455,46 @@ def reach(done, bench):
     return table(["", "asked", "reached"], rows)
 
 
-def main():
+START, END = "<!-- written by report.py -->\n", "<!-- end -->\n"
+
+
+def pages(draw=True):
+    """{path: text} of the pages; with draw the figures are drawn, too."""
     done, path = results(), HERE / "results/bench_models.json"
-    bench = json.loads(path.read_text())["rows"] if path.is_file() else []
-    figures = Figures()
+    bench = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    figures = Figures(draw)
     sections = [short(done, bench, figures), long(done, figures), rows_section(done, figures), speed(bench, figures),
                 recall_section(done, figures), routing_section(done, figures), ablation_section(done)]
-    says = (HERE / "results/conclusions.md").read_text(encoding="utf-8").strip()
+    conclusions = (HERE / "results/conclusions.md").read_text(encoding="utf-8").strip()
     page = f"""# Results
 
-Written by `python report.py` from results/experiments.jsonl and results/bench_models.json; nothing here is typed by hand but
-the conclusions. `python experiments.py list` shows every command, `python experiments.py run` runs what is missing, two at a time on one
-thread each. All of it on two cores of an Intel Xeon virtual machine (AVX-512, no GPU), PyTorch 2.13.0, float32. The models have a
-million parameters or fewer and read a million tokens: enough to tell the mixers apart at this size, and no more than that. Another
+Written by `python report.py` from results/experiments.jsonl and results/bench_models.json: no number here is typed by hand.
+`python experiments.py list` shows every command, `python experiments.py run` runs what is missing, one per core on one thread each.
+All of it on two cores of an Intel Xeon virtual machine (AVX-512, no GPU), PyTorch 2.13.0, float32. The models have a million
+parameters or fewer and read a million tokens or fewer: enough to tell the mixers apart at this size, and no more than that. Another
 number of threads rounds differently and moves the third decimal.
 
 ## What was asked, and what came out
 
 {reach(done, bench)}
-{says}
+{conclusions}
 
 """ + "\n".join(section for section in sections if section)
-    (HERE / "RESULTS.md").write_text(page, encoding="utf-8", newline="\n")
-    rows = [[NAMES[m], spread(over_seeds(done, f"short/{m}_{{}}", "bits_per_byte")), *(
-        spread([100 * (run["rows"][-1]["position"] / run["base"] - 1) for run in over_seeds(done, f"long/{m}_{{}}", "long")], 1),)]
-        for m in MODELS if over_seeds(done, f"long/{m}_{{}}", "long")]
+    rows = []
+    for m in MODELS:
+        runs = over_seeds(done, f"long/{m}_{{}}", "long")
+        if runs:
+            far = [100 * (run["rows"][-1]["position"] / run["base"] - 1) for run in runs]
+            rows.append([NAMES[m], spread(over_seeds(done, f"short/{m}_{{}}", "bits_per_byte")), spread(far, 1)])
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    start, end = "<!-- written by report.py -->\n", "<!-- end -->"
-    before, rest = readme.split(start)
-    after = rest.split(end)[1]
-    body = f"""
-{table(["one million parameters, one million tokens, three seeds", "bits per byte", "loss 128 times beyond the training length, %"],
-       rows)}
-{figures.draw("long", (9, 3.6), lambda figure: None, "loss beyond the training length") if False else
- "![loss beyond the training length](results/long.png)"}
+    before, rest = readme.split(START)
+    body = "\n" + table(["", "bits per byte, context 256", "loss 128 times beyond the training length, %"], rows) + "\n"
+    return {HERE / "RESULTS.md": page, HERE / "README.md": before + START + body + END + rest.split(END)[1]}
 
-"""
-    (HERE / "README.md").write_text(before + start + body + end + after, encoding="utf-8", newline="\n")
+
+def main():
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

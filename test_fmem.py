@@ -38,7 +38,9 @@ except ImportError:
 
 import bench
 import eval as eval_py
+import experiments
 import fmem
+import report
 import sample as sample_py
 import train as train_py
 from data import prepare, recall
@@ -1540,8 +1542,12 @@ def test_recall_windows():
         pairs = dict(zip(window[:ask:2], window[1:ask:2], strict=True))
         counts[len(pairs)] += 1
         asked = [(key, want) for key, want in zip(window, targets, strict=False) if want >= 0]
-        assert ask == 2 * len(pairs) and sorted(asked) == sorted(pairs.items())     # every key once, with its own value
+        asked = Counter(asked)
+        assert ask == 2 * len(pairs) and set(asked) == set(pairs.items())       # every key, with its own value,
+        assert max(asked.values()) - min(asked.values()) <= 1                   # over and over
     assert set(counts) == {4, 8, 16}
+    window = task.make(np.random.default_rng(0), 1, 5)                          # in a test once
+    assert window[0].tolist().count(recall.FILL) == 65 - 21 and (task.targets(window) >= 0).sum() == 5
     task = recall.Recall("passkey", 40, batch_size=40, seed=3)
     for window, targets in zip(task(0).tolist(), task.targets(task(0)).tolist(), strict=True):
         at = window.index(recall.HERE)
@@ -1719,6 +1725,49 @@ def test_eval_command(run20, corpus, recall_runs, tmp_path):
                                ([best, "--json", tmp_path / "no/f.json"], "No such file")]:
         done = run(*arguments)
         assert done.returncode != 0 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_experiments_are_run_once_and_taken_up_again(corpus, tmp_path, monkeypatch, capsys):
+    size = "--n_layer 1 --d_model 16 --n_rows 8 --k_rows 2 --context 24 --batch_size 4 --eval_every 2 --log_every 1"
+    train_one = f"python train.py --data {corpus} {size} --max_steps 6 --device cpu --sample_tokens 0"
+    commands = {"a/one": train_one, "b/wrong": "python train.py --nonsense 1",
+                "c/one": f"python eval.py {tmp_path}/a/one/last.pt --loss"}
+    monkeypatch.setattr(experiments, "experiments", lambda: commands)
+    monkeypatch.setattr(experiments, "OUT", tmp_path)
+    monkeypatch.setattr(experiments, "LINES", tmp_path / "lines.jsonl")
+    # a run that was stopped after two steps
+    half = [*train_one.split()[2:], "--out", str(tmp_path / "a/one"), "--max_steps", "2"]
+    train_py.train(train_py.parse(half))
+    done = train_py.load_checkpoint(tmp_path / "a/one/last.pt")
+    done["settings"]["max_steps"] = 6
+    train_py.save_checkpoint(done, tmp_path / "a/one/last.pt")
+    (tmp_path / "a/one.command").write_text(train_one)
+    with pytest.raises(SystemExit, match="1 failed: b/wrong"):
+        experiments.main(["run", "--jobs", "1"])
+    said = capsys.readouterr().out
+    assert "3 to run" in said and "--nonsense" in said
+    lines = experiments.results()
+    assert list(lines) == ["a/one", "c/one"] and lines["a/one"]["command"] == train_one
+    curve = dict(lines["a/one"]["result"]["curve"])
+    assert list(curve) == [2, 4, 6] and curve[6] < curve[2]
+    assert lines["c/one"]["result"]["loss"]["nats"] == pytest.approx(lines["a/one"]["result"]["nats"], rel=1e-5)
+    del commands["b/wrong"]
+    experiments.main(["run"])
+    assert capsys.readouterr().out.startswith("0 to run")
+    commands["a/one"] += " --lr 0.001"                                  # another command is another experiment
+    experiments.main(["run", "a"])
+    assert capsys.readouterr().out.startswith("1 to run")
+    assert log_rows(tmp_path / "a/one", "lr")[-1][1] < 1e-3 and len(log_rows(tmp_path / "a/one", "train_loss")) == 6    # anew
+
+
+def test_the_results_pages_are_what_report_writes():
+    """RESULTS.md and the README's results section, from the files under results/."""
+    for path, text in report.pages(draw=False).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is not what python report.py writes"
+    page = (HERE / "RESULTS.md").read_text(encoding="utf-8")
+    assert all((HERE / picture).is_file() for picture in re.findall(r"\]\((results/.*?)\)", page))
+    known = experiments.experiments()
+    assert all(known.get(name) == line["command"] for name, line in experiments.results().items())
 
 
 # ---------------------------------------------------------------------------------------------------------------- bench
