@@ -29,15 +29,15 @@ from train import evaluate, load_checkpoint, model_from, pick_device
 
 
 @torch.no_grad()
-def token_losses(model, tokens, length, device):
+def token_losses(model, tokens, length, device, at_once=8192):
     """Nats of each token but the first, the text cut into windows of `length`, each from an empty state: float64 [n].
 
-    tokens: int64 [n + 1], n a multiple of length.
+    tokens: int64 [n + 1], n a multiple of length. at_once: how many go through the model together.
     """
     inputs, targets = tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
-    batch = max(8192 // length, 1)
+    batch = max(at_once // length, 1)
     # what has a state of fixed size goes through long windows piece by piece; attention sees them whole, which is faster
-    piece = length if model.config.mixer == "attention" else max(8192 // batch, 1)
+    piece = length if model.config.mixer == "attention" else max(at_once // batch, 1)
     losses = []
     for some, wanted in zip(inputs.split(batch), targets.split(batch), strict=True):
         state, parts = None, []

@@ -37,7 +37,7 @@ ABLATIONS = {"base": "", "tau=1": "--tau 1", "tau=0.125": "--tau 0.125", "alpha_
              "conv": "--conv 4", "gate": "--gate", "conv+gate": "--conv 4 --gate"}
 
 # the memory scaling: rows, and how many of them a token takes
-ROWS = [(m, k) for m in (4, 16, 32, 64, 128) for k in dict.fromkeys((None, 4, m // 4)) if k != m]
+ROWS = [(m, k) for m in (4, 16, 64, 128) for k in dict.fromkeys((None, 4, m // 4)) if k != m]
 TAUS = "0.25", "1", "0.5", "0.125"
 SMALL = "--n_layer 4 --d_model 96 --context 256 --batch_size 8 --lr 8e-3 --max_steps 200 --eval_every 200 --sample_tokens 0"
 

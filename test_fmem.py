@@ -1493,6 +1493,14 @@ def test_training_with_every_mixer(name, corpus, tmp_path):
     assert same(model.state_dict(), whole["model"])
 
 
+def test_the_balancing_loss_is_trained_on(corpus, tmp_path):
+    routers = []
+    for weight in ("1e-9", "10"):
+        given = settings(corpus, tmp_path / weight, max_steps=3, ablation=f"balance={weight}", clip=1e9)
+        routers.append(train_py.train(given)["model"]["blocks.0.memory.W_alpha.weight"])
+    assert error(*routers) > 0.01
+
+
 def test_keep_every(corpus, tmp_path):
     given = settings(corpus, tmp_path / "out", max_steps=5, keep_every=2)
     train_py.train(given)
@@ -1620,7 +1628,7 @@ def test_eval_losses_are_those_of_the_training(run20, corpus):
     _, val, *_ = prepare.load(corpus)
     tokens = torch.from_numpy(val[:97].astype(np.int64))
     for length in (24, 96):
-        losses = eval_py.token_losses(model, tokens, length, torch.device("cpu"))
+        losses = eval_py.token_losses(model, tokens, length, torch.device("cpu"), at_once=40)       # two windows, or half of one
         want = [F.cross_entropy(model(tokens[a:a + length][None])[0][0], tokens[a + 1:a + length + 1], reduction="none")
                 for a in range(0, 96, length)]
         assert error(losses, torch.cat(want)) < 1e-6
@@ -1695,6 +1703,8 @@ def test_eval_routing(run20, corpus):
     same_row = F.one_hot(torch.zeros(n, dtype=torch.long), m).double()
     got = eval_py.describe(flat, same_row, eta, eta, tokens, context, words)
     assert got["moves"] == 0 and got["rows_used"] == pytest.approx(1) and got["told_by_most_common"] == 1
+    # tokens that the first half of the text does not have tell nothing
+    assert eval_py.describe(flat, hard, eta, eta, torch.arange(n), context, list(map(str, range(n))))["told_by_token"] < 0.3
     # and what is recorded is what the layer does
     model = train_py.model_from(checkpoint, "cpu")
     seen = eval_py.record_routing(model, tokens[:48] % 50, context, torch.device("cpu"))
@@ -1742,6 +1752,8 @@ def test_experiments_are_run_once_and_taken_up_again(corpus, tmp_path, monkeypat
     done["settings"]["max_steps"] = 6
     train_py.save_checkpoint(done, tmp_path / "a/one/last.pt")
     (tmp_path / "a/one.command").write_text(train_one)
+    log = tmp_path / "a/one/log.csv"
+    log.write_text(re.sub("^1,96,[^,]*", "1,96,1234.5", log.read_text(), flags=re.M))    # a mark on the first step
     with pytest.raises(SystemExit, match="1 failed: b/wrong"):
         experiments.main(["run", "--jobs", "1"])
     said = capsys.readouterr().out
@@ -1751,13 +1763,14 @@ def test_experiments_are_run_once_and_taken_up_again(corpus, tmp_path, monkeypat
     curve = dict(lines["a/one"]["result"]["curve"])
     assert list(curve) == [2, 4, 6] and curve[6] < curve[2]
     assert lines["c/one"]["result"]["loss"]["nats"] == pytest.approx(lines["a/one"]["result"]["nats"], rel=1e-5)
+    assert "1234.5" in log.read_text()
     del commands["b/wrong"]
     experiments.main(["run"])
     assert capsys.readouterr().out.startswith("0 to run")
     commands["a/one"] += " --lr 0.001"                                  # another command is another experiment
     experiments.main(["run", "a"])
     assert capsys.readouterr().out.startswith("1 to run")
-    assert log_rows(tmp_path / "a/one", "lr")[-1][1] < 1e-3 and len(log_rows(tmp_path / "a/one", "train_loss")) == 6    # anew
+    assert "1234.5" not in log.read_text() and len(log_rows(tmp_path / "a/one", "train_loss")) == 6     # anew
 
 
 def test_the_results_pages_are_what_report_writes():
