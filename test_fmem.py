@@ -1128,6 +1128,30 @@ def test_seconds_finishes_the_schedule(corpus, tmp_path):
     assert rates[-1] < 0.1 * max(rates)                         # the cosine has come down to its end of 0.05
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_never_reaches_the_weights(wrong, corpus, tmp_path, monkeypatch, capsys):
+    """Steps 4 and from 8 on have a loss that is not a number, or infinite: each is skipped, three in a row end the run."""
+    given = settings(corpus, tmp_path / "out", keep_every=1, max_skipped=3, eval_every=100)
+    losses, true_loss = itertools.count(1), F.cross_entropy
+
+    def cross_entropy(*args, **options):
+        loss = true_loss(*args, **options)
+        return loss if options or (i := next(losses)) < 4 or 4 < i < 8 else loss * wrong      # options: an evaluation
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_py.F, "cross_entropy", cross_entropy)
+        with pytest.raises(ValueError, match="not finite in 3 steps in a row.*--resume"):
+            train_py.train(given)
+    kept = [train_py.load_checkpoint(tmp_path / f"out/step-{i}.pt") for i in range(10)]
+    assert [same(kept[i]["model"], kept[i + 1]["model"]) for i in range(9)] == [False] * 3 + [True] + [False] * 3 + [True] * 2
+    last = train_py.load_checkpoint(tmp_path / "out/last.pt")
+    assert last["step"] == 10 and same(last["model"], kept[7]["model"])
+    assert same(last["optimizer"]["state"], kept[7]["optimizer"]["state"])      # moments and step counts
+    assert capsys.readouterr().out.count("\nskipped ") == 4 and log_rows(given["out"], "skipped")[-1] == (7, 1)
+    resumed = train_py.train({"out": given["out"], "resume": True})          # whatever it was is over
+    assert resumed["step"] == 20 and not same(resumed["model"], last["model"])
+
+
 def test_gradient_accumulation_changes_nothing(corpus, tmp_path):
     runs = [train_py.train(settings(corpus, tmp_path / str(n), micro_batch=n, max_steps=5, dropout=0.0)) for n in (1, 4)]
     for a, b in zip(runs[0]["model"].values(), runs[1]["model"].values(), strict=True):

@@ -85,6 +85,7 @@ class Settings:
     beta2: float = option(0.95, "AdamW's second decay rate")
     weight_decay: float = option(0.1, "AdamW's decay of the matrices")
     clip: float = option(1.0, "largest norm of the gradient")
+    max_skipped: int = option(20, "so many steps in a row skipped, for a loss or gradient that is not finite, end the run")
     # the reports
     log_every: int = option(10, "steps between log lines")
     eval_every: int = option("preset", "steps between evaluations, each followed by a checkpoint")
@@ -145,7 +146,7 @@ def parse(argv):
 
 def check(s):
     """Raises ValueError on settings that cannot work (the model's own are checked by FMemConfig)."""
-    for name in ("context", "batch_size", "max_steps", "log_every", "eval_every", "eval_tokens"):
+    for name in ("context", "batch_size", "max_steps", "max_skipped", "log_every", "eval_every", "eval_tokens"):
         if getattr(s, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(s, name)}")
     for name in ("lr", "router_lr", "clip", "seconds", "micro_batch", "keep_every"):
@@ -354,7 +355,7 @@ class Stop:
 class Log:
     """log.csv. On resume the rows after the checkpoint are dropped: those steps are done again."""
     columns = ("step", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second",
-               "val_loss", "val_bpb", "val_tokens", "val_accuracy")
+               "val_loss", "val_bpb", "val_tokens", "val_accuracy", "skipped")
 
     def __init__(self, path, step):
         self.rows, kept = [], path.with_name(f".{path.name}.tmp")
@@ -503,7 +504,7 @@ def train(given):
             path.unlink(missing_ok=True)
     log = Log(out / "log.csv", step) if rank == 0 else None
     start = last_time = time.perf_counter()
-    smooth, pending, last_step = None, [], step
+    smooth, pending, last_step, skipped, in_a_row = None, [], step, 0, 0
 
     def snapshot():
         return {"format": FORMAT, "config": dataclasses.asdict(config), "settings": dataclasses.asdict(s),
@@ -533,7 +534,8 @@ def train(given):
         nonlocal best
         loss = validate(s.eval_tokens, "eval")
         if rank == 0:
-            better, best = loss < best, min(loss, best)
+            better = loss < best                                # never, if it is not a number
+            best = loss if better else best
             for path in [out / "last.pt"] + [out / "best.pt"] * better:
                 save_checkpoint(snapshot(), path)
 
@@ -560,7 +562,7 @@ def train(given):
                 group["lr"] = lr * times
             torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank]).generate_state(1)[0]))   # dropout
             mine = batches(step, slice(rank * local, (rank + 1) * local))
-            parts = mine.to(device).split(micro)
+            parts, losses = mine.to(device).split(micro), []
             for i, windows in enumerate(parts):
                 # gradients of several parts add up here before the processes exchange them
                 with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else net.no_sync():
@@ -568,16 +570,26 @@ def train(given):
                         logits, _ = net(windows[:, :-1])
                         loss = F.cross_entropy(logits.float().flatten(0, 1), targets(windows).flatten())
                     ((loss + model.aux_loss()) * len(windows) / local).backward()
-                pending.append(loss.detach() * len(windows) / local)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            optimizer.step()
+                losses.append(loss.detach() * len(windows) / local)
+            norm, loss = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip), torch.stack(losses).sum()
+            if world > 1:
+                dist.all_reduce(loss)
+            if torch.isfinite(norm + loss):             # the same for all processes: the gradient is their mean
+                optimizer.step()
+                pending.append(loss / world)
+                in_a_row = 0
+            else:                                       # nothing of it may reach the weights
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                say(f"skipped   step {step + 1}: loss {loss.item() / world:.4g}, norm of the gradient {norm.item():.4g}")
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            if step % s.log_every == 0 or step == s.max_steps:
-                mean = torch.stack(pending).sum() / (step - last_step)
-                if world > 1:
-                    dist.all_reduce(mean)
-                mean, now = mean.item() / world, time.perf_counter()
+            if in_a_row == s.max_skipped:
+                if rank == 0:
+                    save_checkpoint(snapshot(), out / "last.pt")
+                raise ValueError(f"the loss or its gradient was not finite in {in_a_row} steps in a row; {out / 'last.pt'} has "
+                                 f"the weights from before them: --resume --lr {s.lr / 3:.1g} may go on from there")
+            if (step % s.log_every == 0 or step == s.max_steps) and pending:
+                mean, now = torch.stack(pending).mean().item(), time.perf_counter()
                 smooth = mean if smooth is None else 0.8 * smooth + 0.2 * mean
                 speed = (step - last_step) * s.batch_size * s.context / (now - last_time)
                 share = max(step / s.max_steps, (elapsed_before + now - start) / s.seconds if s.seconds else 0)
@@ -587,7 +599,7 @@ def train(given):
                     f"grad {norm.item():.2f} | {speed:,.0f} tokens/s | {left:.0f} s left")
                 if rank == 0:
                     log.write(step=step, tokens=step * s.batch_size * s.context, seconds=elapsed_before + now - start,
-                              train_loss=mean, lr=lr, grad_norm=norm.item(), tokens_per_second=speed)
+                              train_loss=mean, lr=lr, grad_norm=norm.item(), tokens_per_second=speed, skipped=skipped)
                 pending, last_step, last_time = [], step, now
             if step % s.eval_every == 0:
                 validate_and_save()
