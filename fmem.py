@@ -714,8 +714,12 @@ class FMem(nn.Module):
 
     @torch.no_grad()
     def _generate(self, tokens, max_new_tokens, temperature, top_k, top_p, generator, state):
-        for some in tokens.split(PREFILL, 1):           # a long prompt needs no more memory than a short one
-            x, state = self.hidden(some, state)
+        if state is not None and tokens.shape[1] == 1:  # a text goes on: by a step, as if it had never been broken off
+            x, state = self.hidden(tokens[:, 0], copy_state(state))
+            x = x[:, None]
+        else:
+            for some in tokens.split(PREFILL, 1):       # a long prompt needs no more memory than a short one
+                x, state = self.hidden(some, state)
         if not max_new_tokens:
             return state
         choice = temperature, top_k, top_p, generator
@@ -734,6 +738,13 @@ class FMem(nn.Module):
 
 
 PREFILL = 4096  # tokens of a prompt that go through the model at once
+
+
+def copy_state(state: State) -> State:
+    """A state of its own, for steps to change in place."""
+    def copy(part):
+        return tuple(map(copy, part)) if isinstance(part, tuple) else part.clone() if isinstance(part, Tensor) else part
+    return [copy(h) for h in state]
 
 
 def capture_step(model: FMem, token: Tensor, state: State, temperature, top_k, top_p, generator) -> Callable[[], Tensor] | None:

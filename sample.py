@@ -1,10 +1,12 @@
 """Write text with a trained model: python sample.py --prompt "ROMEO:"
 
 Needs the checkpoint alone (the tokenizer is in it), and takes out/best.pt of the default run if none is named. The
-text appears as it is made; the cost of a token does not grow with the text before it.
+text appears as it is made; the cost of a token does not grow with the text before it. --save-state keeps what the model
+has of a text, a file whose size does not grow either, and --load-state goes on from there, as if it had never stopped.
 """
 import argparse
 import codecs
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,9 @@ from pathlib import Path
 import torch
 
 from data.prepare import load_tokenizer, token_strings
-from train import load_checkpoint, model_from, pick_device
+from train import load_checkpoint, model_from, pick_device, save_checkpoint
+
+STATE = "fmem state 1"
 
 
 def read_prompt(prompt):
@@ -31,22 +35,45 @@ def printable(text):
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def stream(model, enc, prompt, device, seed, **choice):
-    """Print the prompt and what follows, whole characters at a time. Returns (tokens made, seconds for them)."""
-    tokens = [enc.eot_token] + enc.encode_ordinary(prompt)          # a text begins where the one before it ended
-    pieces = token_strings(enc)
+def stream(model, enc, prompt, device, seed, before=None, **choice):
+    """Print the prompt and what follows, whole characters at a time. Returns (tokens made, seconds for them, what to go on
+    from). before: what an earlier call returned to go on from."""
     generator = torch.Generator(device).manual_seed(seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")    # holds back a character until it is complete
+    token, state = enc.eot_token, None                              # a text begins where the one before it ended
+    if before:
+        token, state = before["token"], before["state"]
+        generator.set_state(before["generator"].cpu())
+        if not prompt:
+            decoder.setstate((bytes(before["held"]), 0))
+    tokens, pieces = [token] + enc.encode_ordinary(prompt), token_strings(enc)
     print(printable(prompt), end="", flush=True)
+    texts = model.generate(torch.tensor([tokens], device=device), generator=generator, state=state, **choice)
     made, start = 0, None
-    for token in model.generate(torch.tensor([tokens], device=device), generator=generator, **choice):
+    while True:
+        try:
+            token = next(texts).item()
+        except StopIteration as end:
+            state = end.value                                       # of all tokens but the last
+            break
         start = start or time.perf_counter()                        # the first token is the prompt's work
         made += 1
-        if token.item() == enc.eot_token:
+        if token == enc.eot_token:
+            state = None                                            # the next text begins anew
             break
-        print(printable(decoder.decode(pieces[token.item()])), end="", flush=True)
+        print(printable(decoder.decode(pieces[token])), end="", flush=True)
+    seconds = time.perf_counter() - start if start else 0.0
+    after = {"token": token, "state": state, "generator": generator.get_state(), "held": list(decoder.getstate()[0])}
     print(printable(decoder.decode(b"", final=True)))
-    return max(made - 1, 0), time.perf_counter() - start if start else 0.0
+    return max(made - 1, 0), seconds, after
+
+
+def fingerprint(model):
+    """sha256 of the weights: a state is of no use to another model."""
+    total = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        total.update(name.encode() + weight.cpu().float().numpy().tobytes())
+    return total.hexdigest()
 
 
 def main(argv=None):
@@ -61,6 +88,8 @@ def main(argv=None):
     p.add_argument("--top_p", type=float, default=0.95, help="choose among the likeliest tokens of this total probability "
                    "(default: 0.95)")
     p.add_argument("--seed", type=int, default=1337, help="of the first text; the next has the next (default: 1337)")
+    p.add_argument("--save-state", metavar="FILE", type=Path, help="keep what the model has of the text at its end")
+    p.add_argument("--load-state", metavar="FILE", type=Path, help="go on with that text (the prompt, if any, comes next)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto (default: auto)")
     a = p.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
@@ -71,6 +100,8 @@ def main(argv=None):
             raise ValueError(f"--num_samples must be at least 1, not {a.num_samples}")
         if not 0 <= a.seed < 2**63:
             raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {a.seed}")
+        if a.save_state and (a.num_samples > 1 or a.max_new_tokens < 1):
+            raise ValueError("--save-state keeps one text, with at least one token written: --num_samples 1, --max_new_tokens 1")
         best = Path("out/best.pt")
         path = Path(a.checkpoint) if a.checkpoint else best if best.exists() else best.with_name("last.pt")
         device, why = pick_device(a.device)
@@ -80,13 +111,19 @@ def main(argv=None):
                              f"python eval.py {path} --recall tests it")
         model, enc = model_from(checkpoint, device, scan="auto"), load_tokenizer(checkpoint["tokenizer"])
         print(f"{path}: step {checkpoint['step']}, trained on {checkpoint['corpus']}; device {device} ({why})\n", file=sys.stderr)
-        prompt = read_prompt(a.prompt)
+        prompt, before = read_prompt(a.prompt), None
+        if a.load_state:
+            before = load_checkpoint(a.load_state, device, STATE, "sample.py --save-state")
+            if before["model"] != fingerprint(model):
+                raise ValueError(f"{a.load_state} is of another model than {path}")
         made = seconds = 0
         for i in range(a.num_samples):
-            n, t = stream(model, enc, prompt, device, a.seed + i, max_new_tokens=a.max_new_tokens,
-                          temperature=a.temperature, top_k=a.top_k, top_p=a.top_p)
+            n, t, after = stream(model, enc, prompt, device, a.seed + i, before, max_new_tokens=a.max_new_tokens,
+                                 temperature=a.temperature, top_k=a.top_k, top_p=a.top_p)
             made, seconds = made + n, seconds + t
             print("-" * 20 if i + 1 < a.num_samples else "", flush=True)
+        if a.save_state:
+            save_checkpoint({"format": STATE, "model": fingerprint(model), **after}, a.save_state)
         if made > 0:
             print(f"{made / seconds:.0f} tokens/s, the prompt not counted", file=sys.stderr)
     except (ValueError, OSError) as e:

@@ -1252,6 +1252,38 @@ def test_sample_options(run20, tmp_path, monkeypatch, capsys):
         assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("mixer", ["memory", "mamba2", "attention"])
+def test_a_saved_state_goes_on_as_if_never_stopped(mixer, corpus, tmp_path, capsys):
+    """In pieces of 1, 9 and 30 tokens, each of which may end inside a character, and with a prompt in between."""
+    train_py.train(settings(corpus, tmp_path / "out", max_steps=1, mixer=mixer, d_state=8))
+    best, state = str(tmp_path / "out/best.pt"), str(tmp_path / "state.pt")
+    capsys.readouterr()
+
+    def run(*arguments, seed=0):
+        sample_py.main(["--device", "cpu", "--checkpoint", best, "--temperature", "2", "--seed", str(seed), *map(str, arguments)])
+        return capsys.readouterr().out
+
+    whole, text, load = run("--prompt", "über", "--max_new_tokens", 40), "", ["--prompt", "über"]
+    for n in (1, 9, 30):
+        text += run(*load, "--max_new_tokens", n, "--save-state", state)[:-2]            # but for the two line ends
+        load = ["--load-state", state]
+    cut = "\N{REPLACEMENT CHARACTER}"                  # where a piece ended inside a character there is one too many
+    assert text.replace(cut, "") == whole[:-2].replace(cut, "") and len(whole) > 20
+    saved = (tmp_path / "state.pt").read_bytes()
+    assert run(*load, "--prompt", "東", "--max_new_tokens", 5).startswith("東")
+    assert (tmp_path / "state.pt").read_bytes() == saved                        # reading it does not change it
+    (tmp_path / "cut.pt").write_bytes(saved[:900])
+    train_py.train(settings(corpus, tmp_path / "other", max_steps=1, mixer=mixer, d_state=8, seed=5))
+    for arguments, message in [(["--load-state", tmp_path / "cut.pt"], "cannot be read"),
+                               (["--load-state", best], "not written by"),
+                               (["--load-state", tmp_path / "no.pt"], "sample.py --save-state makes one"),
+                               (["--save-state", state, "--num_samples", 2], "one text"),
+                               (["--load-state", state, "--checkpoint", tmp_path / "other/best.pt"], "another model")]:
+        with pytest.raises(SystemExit, match=f"sample.py: error: .*{message}") as e:
+            run(*arguments)
+        assert "\n" not in str(e.value)
+
+
 def test_stream_never_cuts_a_character(corpus, capsys):
     """A model that says given bytes one token at a time: characters appear whole, what is no UTF-8 as U+FFFD."""
     enc = prepare.load_tokenizer(prepare.load(corpus)[2])
@@ -1266,7 +1298,7 @@ def test_stream_never_cuts_a_character(corpus, capsys):
                 self.shown = getattr(self, "shown", "") + shown
 
     parrot = Parrot()
-    made, _ = sample_py.stream(parrot, enc, "", "cpu", 0)
+    made, _, _ = sample_py.stream(parrot, enc, "", "cpu", 0)
     assert parrot.shown == "é東🙂\ufffda\ufffd[2J" and made == len(said) - 1
 
 

@@ -279,15 +279,15 @@ def save_checkpoint(checkpoint, path):
         tmp.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", form=FORMAT, maker="train.py"):
     """The dict that `train` saved; no code in the file is run. Raises ValueError, one line, if it is not that."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if checkpoint.get("format") != FORMAT:
-            raise ValueError("not written by this version of train.py")
+        if checkpoint.get("format") != form:
+            raise ValueError(f"not written by this version of {maker}")
         return checkpoint
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; python train.py makes one") from None
+        raise ValueError(f"{path} does not exist; python {maker} makes one") from None
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, AttributeError, KeyError) as e:
         raise ValueError(f"{path} cannot be read as a checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
