@@ -1057,6 +1057,44 @@ def test_damaged_checkpoints_are_refused_in_one_line(run20, tmp_path):
     assert not Evil.ran
 
 
+def test_no_mutation_of_a_checkpoint_loads_to_something_else(run20, tmp_path):
+    """Bits turned, pieces lost, zeroed, doubled or put in: refused in one line, or, where nothing reads that byte, the same."""
+    whole, g, outcomes = (run20[0] / "last.pt").read_bytes(), random.Random(0), Counter()
+    want = train_py.load_checkpoint(run20[0] / "last.pt")
+    for _ in range(300):
+        raw, at, n = bytearray(whole), g.randrange(len(whole)), g.randrange(1, 200)
+        kind = g.choice(["turned", "cut", "zeroed", "put in", "doubled"])
+        if kind == "turned":
+            raw[at] ^= 1 << g.randrange(8)
+        elif kind == "cut":
+            del raw[at:]
+        elif kind == "zeroed":
+            raw[at:at + n] = bytes(len(raw[at:at + n]))
+        elif kind == "put in":
+            raw[at:at] = g.randbytes(n)
+        else:
+            raw[at:at] = raw[at:at + n]
+        (tmp_path / "x.pt").write_bytes(raw)
+        try:
+            assert same(train_py.load_checkpoint(tmp_path / "x.pt"), want), kind
+            outcomes["same"] += 1
+        except ValueError as e:
+            outcomes["several lines" if "\n" in str(e) else kind] += 1
+    assert min(outcomes[kind] for kind in ("turned", "cut", "zeroed", "put in", "doubled")) > 30 > outcomes["same"]
+    assert not outcomes["several lines"]
+
+
+@pytest.mark.parametrize("change", [lambda c: c.pop("config"), lambda c: c["config"].update(d_model=17), lambda c: c.pop("model"),
+                                    lambda c: c["config"].update(colour="red"), lambda c: c.update(model=[1, 2]),
+                                    lambda c: c["config"].update(n_rows="many"), lambda c: c["model"].popitem()])
+def test_a_checkpoint_without_a_model_is_refused_in_one_line(change, run20):
+    checkpoint = train_py.load_checkpoint(run20[0] / "last.pt")
+    change(checkpoint)
+    with pytest.raises(ValueError) as e:
+        train_py.model_from(checkpoint, "cpu")
+    assert "\n" not in str(e.value)
+
+
 class Evil:
     ran = False
 

@@ -19,10 +19,10 @@ import dataclasses
 import difflib
 import math
 import os
-import pickle
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -282,20 +282,29 @@ def save_checkpoint(checkpoint, path):
 def load_checkpoint(path, device="cpu", form=FORMAT, maker="train.py"):
     """The dict that `train` saved; no code in the file is run. Raises ValueError, one line, if it is not that."""
     try:
+        with zipfile.ZipFile(path) as parts:            # torch.load does not look at the checksums
+            if parts.testzip() is not None:
+                raise ValueError("it is damaged, a checksum differs")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if checkpoint.get("format") != form:
             raise ValueError(f"not written by this version of {maker}")
         return checkpoint
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; python {maker} makes one") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, AttributeError, KeyError) as e:
+    except Exception as e:                              # a damaged or hostile file can make a reader raise anything
         raise ValueError(f"{path} cannot be read as a checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 
 def model_from(checkpoint, device, **changes):
-    """The trained model of a checkpoint, in evaluation mode; `changes` replace fields of its config (scan, say)."""
-    model = FMem(FMemConfig(**{**checkpoint["config"], **changes})).to(device)
-    model.load_state_dict(checkpoint["model"])
+    """The trained model of a checkpoint, in evaluation mode; `changes` replace fields of its config (scan, say).
+
+    Raises ValueError, one line, if the checkpoint's parts do not make one.
+    """
+    try:
+        model = FMem(FMemConfig(**{**checkpoint["config"], **changes})).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"the checkpoint does not hold a model: {str(e).strip().splitlines()[0]}") from None
     return model.eval()
 
 
