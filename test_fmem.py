@@ -1038,6 +1038,43 @@ def test_a_failed_save_keeps_the_last_checkpoint(run20, tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
 
+def limited(run, *options, limit=None, during=""):
+    """train.py --resume in a process of its own that cannot write files beyond `limit` bytes, `during` run at its sixth step."""
+    code = f"""
+import os, resource, shutil, signal, sys
+import train
+if {limit}:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+call = train.Batches.__call__
+def batch(self, step, *part):
+    if step == 25:
+        {during or "pass"}
+    return call(self, step, *part)
+train.Batches.__call__ = batch
+train.main(sys.argv[1:])
+"""
+    return subprocess.run([sys.executable, "-c", code, "--out", str(run), "--resume", "--max_steps", "40", *options], cwd=HERE,
+                          capture_output=True, encoding="utf-8", errors="replace")
+
+
+def test_a_full_disk_and_a_vanished_folder(run20, tmp_path):
+    """A limit on the size of files stands for the disk: in the middle of a checkpoint, and of the log."""
+    pytest.importorskip("resource", reason="limits on files are for Unix")
+    for limit in ((run20[0] / "last.pt").stat().st_size // 2, (run20[0] / "log.csv").stat().st_size + 30):
+        run = tmp_path / str(limit)
+        shutil.copytree(run20[0], run)
+        before = (run / "last.pt").read_bytes()
+        done = limited(run, limit=limit)
+        assert done.returncode == 1 and re.fullmatch("train.py: error: .*\n", done.stderr), done.stderr
+        assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*.tmp"))
+        assert train_py.train({"out": str(run), "resume": True, "max_steps": 22})["step"] == 22      # with room again, it goes on
+    run = tmp_path / "vanishes"
+    shutil.copytree(run20[0], run)
+    done = limited(run, during=f"shutil.rmtree({str(run)!r})")
+    assert done.returncode == 1 and re.fullmatch("train.py: error: .*vanishes.*\n", done.stderr), done.stderr
+
+
 def test_damaged_checkpoints_are_refused_in_one_line(run20, tmp_path):
     whole = (run20[0] / "last.pt").read_bytes()
     foreign = tmp_path / "foreign.pt"
