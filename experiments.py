@@ -138,7 +138,9 @@ def read_log(out, printed):
     return {"parameters": int(words[1].replace(",", "")), "tokens": int(evals[-1]["tokens"]),
             "curve": [[int(r["step"]), float(r["val_loss"])] for r in evals[:-1]],
             "train": [[int(r["step"]), float(r["train_loss"])] for r in rows if r["train_loss"]][4::5],
-            "nats": float(evals[-1]["val_loss"]), "bits_per_byte": float(evals[-1]["val_bpb"])}
+            "nats": float(evals[-1]["val_loss"]),
+            **{key: float(evals[-1][column]) for key, column in (("bits_per_byte", "val_bpb"), ("right", "val_accuracy"))
+               if evals[-1][column]}}
 
 
 def run(prefixes, jobs):
