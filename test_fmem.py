@@ -1624,6 +1624,37 @@ def test_training_with_every_mixer(name, corpus, tmp_path):
     assert same(model.state_dict(), whole["model"])
 
 
+@pytest.mark.parametrize("mixer", [dict(), dict(conv=3, gate=True), dict(mixer="mamba2", d_state=8)])
+def test_carry_state_reads_one_long_text(mixer, corpus, tmp_path):
+    """With a learning rate of next to nothing the losses are those of the whole streams, read in one go."""
+    given = settings(corpus, tmp_path / "out", max_steps=10, eval_every=3, carry_state=True, lr=1e-12, dropout=0.0, micro_batch=2,
+                     weight_decay=0.0, **mixer)
+    checkpoint = train_py.train(given)
+    model, tokens = train_py.model_from(checkpoint, "cpu"), prepare.load(corpus)[0]
+    batches = train_py.Streams(tokens, 24, 4, 1337)
+    assert batches.steps > 10 and batches.begins(0) and not batches.begins(10) and batches.begins(batches.steps)
+    streams = torch.cat([batches(0)[:, :-1], *(batches(i)[:, :-1] for i in range(1, 10)), batches(9)[:, -1:]], 1)
+    with torch.no_grad():
+        losses = F.cross_entropy(model(streams[:, :-1])[0].transpose(1, 2), streams[:, 1:], reduction="none")
+    want = losses.view(4, 10, 24).mean((0, 2)).tolist()
+    got = [loss for _, loss in log_rows(given["out"], "train_loss")]
+    assert got == pytest.approx(want, rel=2e-5)                         # log.csv keeps 6 digits
+    fresh = F.cross_entropy(model(streams[:, 216:240])[0].transpose(1, 2), streams[:, 217:241]).item()
+    assert abs(fresh - want[9]) > 1e-4                                  # and the state does matter
+    resumed = train_py.load_checkpoint(tmp_path / "out/last.pt")
+    given |= {"out": str(tmp_path / "two"), "max_steps": 6}
+    train_py.train(given)
+    resumed = train_py.train({"out": given["out"], "resume": True, "max_steps": 10})
+    assert same(resumed["states"], checkpoint["states"])                # the states are in the checkpoint
+
+
+def test_carry_state_says_where_it_cannot_be(corpus, tmp_path):
+    for options, message in ((dict(mixer="attention"), "does not grow"), (dict(data="mqar"), "for text"),
+                             (dict(batch_size=10**6, micro_batch=1), "--batch_size must be at most")):
+        with pytest.raises(ValueError, match=message):
+            train_py.train(settings(corpus, tmp_path / "out", carry_state=True, **options))
+
+
 def test_the_balancing_loss_is_trained_on(corpus, tmp_path):
     routers = []
     for weight in ("1e-9", "10"):

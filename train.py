@@ -75,6 +75,8 @@ class Settings:
     # the training
     context: int = option("preset", "tokens per training window")
     batch_size: int = option("preset", "windows per step, over all processes")
+    carry_state: bool = option(False, "windows go on where those of the step before ended, with their state (truncated "
+                                      "backpropagation through time); else each starts from an empty memory")
     micro_batch: int | None = option(None, "windows per process that go through the model at once (none: all of them)")
     max_steps: int = option("preset", "optimiser steps")
     seconds: float | None = option(None, "finish the schedule in this time (the last evaluation comes on top), if not before")
@@ -228,6 +230,37 @@ class Batches:
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[part]
         starts = [self.start(i) for i in numbers]
         return torch.from_numpy(np.stack([self.tokens[a:a + self.context + 1] for a in starts]).astype(np.int64))
+
+
+class Streams(Batches):
+    """For --carry_state: the text cut into batch_size streams; window b of a step goes on where window b of the last ended.
+
+    Every epoch begins at another offset, with new states. Also a function of (seed, step) alone.
+    """
+
+    def __init__(self, tokens, context, batch_size, seed):
+        super().__init__(tokens, context, batch_size, seed)
+        self.steps = self.per_epoch // batch_size
+        if self.steps < 1:
+            raise ValueError(f"--carry_state: the training text has no room for {batch_size} windows of {context} side by side; "
+                             f"--batch_size must be at most {self.per_epoch}")
+
+    def begins(self, step):
+        """Whether the states start anew at this step."""
+        return step % self.steps == 0
+
+    def __call__(self, step, part=slice(None)):
+        epoch, j = divmod(step, self.steps)
+        offset = np.random.default_rng([self.seed, epoch]).integers(self.offsets)
+        starts = [offset + (b * self.steps + j) * self.context for b in range(self.batch_size)[part]]
+        return torch.from_numpy(np.stack([self.tokens[a:a + self.context + 1] for a in starts]).astype(np.int64))
+
+
+def detached(part, device):
+    """A state without the graph that made it: gradients end at the window's start."""
+    if isinstance(part, (list, tuple)):
+        return type(part)(detached(p, device) for p in part)
+    return part.detach().to(device) if torch.is_tensor(part) else part
 
 
 @torch.no_grad()
@@ -448,6 +481,8 @@ def train(given):
     micro = min(s.micro_batch or local, local)
     if local % micro:
         raise ValueError(f"--micro_batch {micro} must divide the {local} windows that a process has")
+    if s.carry_state and (world > 1 or s.data in recall.TASKS or s.mixer == "attention"):
+        raise ValueError("--carry_state is for text, one process, and a mixer whose state does not grow")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out.mkdir(parents=True, exist_ok=True)
@@ -467,7 +502,8 @@ def train(given):
         if len(val_tokens) < 2:
             raise ValueError(f"the validation split of {s.data} has only {len(val_tokens)} token")
         bits_per_byte = meta["train"]["tokens"] / meta["train"]["bytes"] / math.log(2)      # of the training loss
-        batches, vocab_size, corpus = Batches(train_tokens, s.context, s.batch_size, s.seed), enc.n_vocab, meta["corpus"]
+        batches = (Streams if s.carry_state else Batches)(train_tokens, s.context, s.batch_size, s.seed)
+        vocab_size, corpus = enc.n_vocab, meta["corpus"]
         about = f"{corpus}: {meta['train']['bytes']:,} bytes, {len(train_tokens):,} tokens to train on"
 
         def targets(windows):
@@ -513,6 +549,10 @@ def train(given):
             path.unlink(missing_ok=True)
     log = Log(out / "log.csv", step) if rank == 0 else None
     start = last_time = time.perf_counter()
+    states = checkpoint.get("states") if checkpoint else None       # of --carry_state, one per part of the batch
+    if s.carry_state:
+        fits = states is not None and len(states) == local // micro
+        states = detached(states, device) if fits else [None] * (local // micro)
     smooth, pending, last_step, skipped, in_a_row = None, [], step, 0, 0
 
     def snapshot():
@@ -521,6 +561,7 @@ def train(given):
                 "optimizer": optimizer.state_dict(), "step": step, "best": best,
                 "seconds": elapsed_before + time.perf_counter() - start,
                 # all that the order of the data and every random draw to come depend on
+                "states": states,
                 "random": {"seed": s.seed, "next_step": step, "next_window": step * s.batch_size}}
 
     def validate(limit, name):
@@ -572,14 +613,18 @@ def train(given):
             torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank]).generate_state(1)[0]))   # dropout
             mine = batches(step, slice(rank * local, (rank + 1) * local))
             parts, losses = mine.to(device).split(micro), []
+            if s.carry_state and batches.begins(step):
+                states = [None] * len(parts)
             for i, windows in enumerate(parts):
                 # gradients of several parts add up here before the processes exchange them
                 with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else net.no_sync():
                     with amp():
-                        logits, _ = net(windows[:, :-1])
+                        logits, state = net(windows[:, :-1], states[i] if states else None)
                         loss = F.cross_entropy(logits.float().flatten(0, 1), targets(windows).flatten())
                     ((loss + model.aux_loss()) * len(windows) / local).backward()
                 losses.append(loss.detach() * len(windows) / local)
+                if states:
+                    states[i] = detached(state, device)
             norm, loss = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip), torch.stack(losses).sum()
             if world > 1:
                 dist.all_reduce(loss)
@@ -588,7 +633,7 @@ def train(given):
                 pending.append(loss / world)
                 in_a_row = 0
             else:                                       # nothing of it may reach the weights
-                skipped, in_a_row = skipped + 1, in_a_row + 1
+                skipped, in_a_row, states = skipped + 1, in_a_row + 1, states and [None] * len(parts)
                 say(f"skipped   step {step + 1}: loss {loss.item() / world:.4g}, norm of the gradient {norm.item():.4g}")
             optimizer.zero_grad(set_to_none=True)
             step += 1
