@@ -1094,23 +1094,29 @@ def test_damaged_checkpoints_are_refused_in_one_line(run20, tmp_path):
     assert not Evil.ran
 
 
+def mutated(whole, g):
+    """-> (what was done, the bytes after it)."""
+    raw, at, n = bytearray(whole), g.randrange(len(whole)), g.randrange(1, 200)
+    kind = g.choice(["turned", "cut", "zeroed", "put in", "doubled"])
+    if kind == "turned":
+        raw[at] ^= 1 << g.randrange(8)
+    elif kind == "cut":
+        del raw[at:]
+    elif kind == "zeroed":
+        raw[at:at + n] = bytes(len(raw[at:at + n]))
+    elif kind == "put in":
+        raw[at:at] = g.randbytes(n)
+    else:
+        raw[at:at] = raw[at:at + n]
+    return kind, bytes(raw)
+
+
 def test_no_mutation_of_a_checkpoint_loads_to_something_else(run20, tmp_path):
     """Bits turned, pieces lost, zeroed, doubled or put in: refused in one line, or, where nothing reads that byte, the same."""
     whole, g, outcomes = (run20[0] / "last.pt").read_bytes(), random.Random(0), Counter()
     want = train_py.load_checkpoint(run20[0] / "last.pt")
     for _ in range(300):
-        raw, at, n = bytearray(whole), g.randrange(len(whole)), g.randrange(1, 200)
-        kind = g.choice(["turned", "cut", "zeroed", "put in", "doubled"])
-        if kind == "turned":
-            raw[at] ^= 1 << g.randrange(8)
-        elif kind == "cut":
-            del raw[at:]
-        elif kind == "zeroed":
-            raw[at:at + n] = bytes(len(raw[at:at + n]))
-        elif kind == "put in":
-            raw[at:at] = g.randbytes(n)
-        else:
-            raw[at:at] = raw[at:at + n]
+        kind, raw = mutated(whole, g)
         (tmp_path / "x.pt").write_bytes(raw)
         try:
             assert same(train_py.load_checkpoint(tmp_path / "x.pt"), want), kind
@@ -1130,6 +1136,25 @@ def test_a_checkpoint_without_a_model_is_refused_in_one_line(change, run20):
     with pytest.raises(ValueError) as e:
         train_py.model_from(checkpoint, "cpu")
     assert "\n" not in str(e.value)
+
+
+def test_no_mutation_of_the_data_loads_to_something_else(corpus, tmp_path):
+    g, outcomes = random.Random(0), Counter()
+    *want, fields, meta = prepare.load(corpus)
+    for i in range(400):
+        folder = tmp_path / "data"
+        shutil.copytree(corpus, folder, dirs_exist_ok=True)
+        path = folder / ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json")[i % 4]
+        path.write_bytes(mutated(path.read_bytes(), g)[1])
+        try:
+            *got, got_fields, got_meta = prepare.load(folder)
+            assert all(map(np.array_equal, got, want)) and got_fields == fields
+            assert got_meta == meta or "sha256" not in got_meta     # its name was hit: taken for a folder from before
+            prepare.load_tokenizer(got_fields)
+            outcomes["same"] += 1
+        except prepare.DataError as e:
+            outcomes["several lines" if "\n" in str(e) else path.name] += 1
+    assert outcomes["several lines"] == 0 and outcomes["same"] < 20 and len(outcomes) >= 5
 
 
 class Evil:

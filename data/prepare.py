@@ -169,16 +169,40 @@ def read_tokens(path, tokenizer=None):
     return np.memmap(path, dtype=f"<u{width}", mode="r", offset=HEADER.size, shape=(count,))
 
 
+def file_hash(path):
+    total = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def meta_hash(meta):
+    """sha256 of everything in meta.json but itself."""
+    rest = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def load(folder):
-    """A prepared folder -> (train tokens, val tokens, tokenizer fields, meta). Raises DataError."""
+    """A prepared folder -> (train tokens, val tokens, tokenizer fields, meta). Raises DataError.
+
+    meta.json has a checksum of each file and of itself, so that no damage goes unseen (folders made before that have none).
+    """
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         fields = {**meta["tokenizer"], "ranks": (folder / "tokenizer.tiktoken").read_text(encoding="ascii")}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        tokenizer = tokenizer_hash(fields)
+        sizes = [meta[name][what] for name in ("train", "val") for what in ("bytes", "tokens")] + [len(meta["corpus"])]
+        if not all(type(n) is int and n > 0 for n in sizes):
+            raise ValueError("meta.json has impossible sizes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{folder} is not a prepared folder ({e}); run: python data/prepare.py --out {folder}") from None
-    tokenizer = tokenizer_hash(fields)
-    return *(read_tokens(folder / f"{name}.bin", tokenizer) for name in ("train", "val")), fields, meta
+    tokens = [read_tokens(folder / f"{name}.bin", tokenizer) for name in ("train", "val")]
+    if "sha256" in meta and (meta["sha256"] != meta_hash(meta) or any(
+            file_hash(folder / name) != sha for name, sha in meta["files"].items())):
+        raise DataError(f"{folder} is damaged, a checksum differs; run: python data/prepare.py --out {folder} --overwrite")
+    return *tokens, fields, meta
 
 
 # ---------------------------------------------------------------------------------------------------------- corpora
@@ -334,6 +358,8 @@ def prepare(out=HERE / "default", documents=None, val_names=None, corpus=None, t
             meta[name] = {"documents": list(docs), "bytes": size, "tokens": count, "sha256": sha}
             print(f"data: {name} {len(docs):,} documents, {size:,} bytes, {count:,} tokens of {enc.n_vocab:,} kinds, "
                   f"{size / count:.2f} bytes per token", flush=True)
+        meta["files"] = {path.name: file_hash(path) for path in sorted(tmp.iterdir())}
+        meta["sha256"] = meta_hash(meta)
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8", newline="\n")
         if out.exists():
             shutil.rmtree(out)
