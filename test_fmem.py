@@ -1038,6 +1038,53 @@ def test_a_failed_save_keeps_the_last_checkpoint(run20, tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
 
+KILLS = int(os.environ.get("FMEM_KILLS", 4))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
+def test_killed_at_any_moment(corpus, tmp_path):
+    """SIGKILL at random moments, a checkpoint after every step, so that many hit one half-written: each life goes on where
+    the last one ended, and the weights at the end are those of a run that was never killed. FMEM_KILLS: how often."""
+    given = settings(corpus, tmp_path / "killed", eval_every=1, max_steps=25 * KILLS, eval_tokens=30)
+    code = f"""
+import os, random, signal, sys, time
+import train
+given, g, kills, half = {given!r}, random.Random(1), 0, 0
+out = train.Path(given["out"])
+while True:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        begun = (out / "last.pt").is_file()
+        train.train(dict(given, resume=True) if begun else dict(given, overwrite=True))
+        os._exit(0)
+    if kills < {KILLS}:
+        time.sleep(g.uniform(0.05, 0.5))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if status == signal.SIGKILL:
+        kills += 1
+        half += any(path.stat().st_size for path in out.glob(".*.pt.tmp"))
+    else:
+        print(status, kills, half)
+        break
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, encoding="utf-8", errors="replace",
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    status, kills, half = map(int, done.stdout.split())
+    print(f"{kills} kills, {half} of them with a checkpoint half written")
+    assert status == 0 and kills >= KILLS // 2, done.stderr
+    whole = train_py.train({**given, "out": str(tmp_path / "whole")})
+    last = train_py.load_checkpoint(tmp_path / "killed/last.pt")
+    for part in ("model", "optimizer", "step", "best", "random"):
+        assert same(last[part], whole[part]), part
+    left = sorted(path.name for path in (tmp_path / "killed").iterdir() if path.suffix != ".png")
+    assert left == ["best.pt", "last.pt", "log.csv"]
+    for column in ("train_loss", "val_loss"):
+        assert log_rows(tmp_path / "killed", column) == log_rows(tmp_path / "whole", column)
+
+
 def limited(run, *options, limit=None, during=""):
     """train.py --resume in a process of its own that cannot write files beyond `limit` bytes, `during` run at its sixth step."""
     code = f"""
