@@ -79,11 +79,10 @@ def experiments():
     for seed in SEEDS:
         for name, options in ABLATIONS.items():
             runs[f"ablation/{name}_{seed}"] = f"python train.py {SIZE} --lr 8e-3 {options} --max_steps 200 --seed {seed}"
-    for tau in TAUS:
-        for m, k in ROWS:
+    for m, k in ROWS:
+        for tau in TAUS:
             runs[f"rows/{m}_{k}_{tau}_{SEEDS[0]}"] = rows_command(m, k, tau, SEEDS[0])
-    for m, k in ROWS:                                   # the other seeds, with the tau that was best
-        tau = best_tau(m, k)
+        tau = best_tau(m, k)                            # the other seeds, with the tau that was best
         for seed in SEEDS[1:] if tau else ():
             runs[f"rows/{m}_{k}_{tau}_{seed}"] = rows_command(m, k, tau, seed)
     return {name: " ".join(command.split()) for name, command in runs.items()}

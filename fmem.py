@@ -80,8 +80,8 @@ class FMemConfig:
         matched, self.d_mlp = self.d_mlp is None, width if self.d_mlp is None else self.d_mlp
         for name in ("vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "d_mlp", "chunk_size", "d_state"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if type(value) is not int or not 1 <= value <= 2**24:
+                raise ValueError(f"{name} must be a whole number of at least 1 and at most 2**24, not {value!r}")
         if self.k_rows is not None and (type(self.k_rows) is not int or not 1 <= self.k_rows <= self.n_rows):
             raise ValueError(f"k_rows must be from 1 to n_rows ({self.n_rows}), or None for all rows, not {self.k_rows!r}")
         for name in ("tau", "norm_eps"):
@@ -96,8 +96,8 @@ class FMemConfig:
             raise ValueError(f"chunk_size must be at most {MAX_CHUNK} (see scan_chunked), not {self.chunk_size}")
         if self.scan not in ("auto", "loop", "chunked", "kernel"):
             raise ValueError(f'scan must be "auto", "loop", "chunked" or "kernel", not {self.scan!r}')
-        if type(self.conv) is not int or self.conv < 0 or type(self.gate) is not bool:
-            raise ValueError(f"conv must be a whole number, 0 or more, and gate True or False, not {self.conv!r}, {self.gate!r}")
+        if type(self.conv) is not int or not 0 <= self.conv <= 2**24 or type(self.gate) is not bool:
+            raise ValueError(f"conv must be a whole number, 0 to 2**24, and gate True or False, not {self.conv!r}, {self.gate!r}")
         if self.mixer not in ("memory", "attention", "mamba2"):
             raise ValueError(f'mixer must be "memory", "attention" or "mamba2", not {self.mixer!r}')
         if self.mixer != "memory" and (self.conv or self.gate or self.ablation):
@@ -108,11 +108,16 @@ class FMemConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, or None, not {value!r}")
         if self.mixer != "memory" or self.conv or self.gate or self.ablation:
             plain = replace(self, mixer="memory", conv=0, gate=False, ablation="")
-            more = n_parameters(self) - n_parameters(plain)
+            more = mixer_parameters(self) - mixer_parameters(plain)
             if matched:
                 self.d_mlp -= round(more / (3 * self.d_model) / 8) * 8
             if self.d_mlp < 1:
                 raise ValueError(f"{self.mixer} adds {more:,} parameters to the memory's, and the MLP has not as many; set d_mlp")
+
+    def n_parameters(self) -> int:
+        """Parameters of the model, without building it."""
+        layer = mixer_parameters(self) + 3 * self.d_model * self.d_mlp + 2 * self.d_model
+        return self.n_layer * layer + (1 if self.tie_embeddings else 2) * self.vocab_size * self.d_model + self.d_model
 
 
 def make_mixer(config: FMemConfig) -> nn.Module:
@@ -126,8 +131,8 @@ def make_mixer(config: FMemConfig) -> nn.Module:
     return ExtendedMemory(config) if config.conv or config.gate else FactorizationMemory(config)
 
 
-def n_parameters(config: FMemConfig) -> int:
-    with torch.device("meta"):
+def mixer_parameters(config: FMemConfig) -> int:
+    with torch.device("meta"):                          # shapes without memory
         return sum(p.numel() for p in make_mixer(config).parameters())
 
 

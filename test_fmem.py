@@ -5,6 +5,7 @@ loop, the programs against their own promises. Where a tolerance is not obvious 
 """
 import contextlib
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -1346,6 +1347,27 @@ def test_train_command_says_what_is_wrong(options, message, corpus, tmp_path, ca
     assert not (tmp_path / "out/last.pt").exists()
 
 
+ABSURD = "0", "-1", "nan", "inf", "1e12", "1000000000000", "x", "", "-0.0", "9" * 40, "none", "\0"
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(train_py.Settings)])
+def test_absurd_values_get_a_line_each(name, corpus, tmp_path, capsys, monkeypatch):
+    """Every option with every one of these: it runs, or says in one line what is wrong."""
+    given = settings(corpus, tmp_path / "out", max_steps=1, eval_every=1, sample_tokens=1)
+    tiny_run = [f"--{k}={v}" for k, v in given.items() if k != name]
+    monkeypatch.chdir(tmp_path)
+    for value in ABSURD:
+        if name in ("max_steps", "sample_tokens") and len(value) > 9:
+            continue                                    # that many were asked for
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        try:
+            train_py.main([*tiny_run, f"--{name}={value}"])
+        except SystemExit as e:
+            said = e.code if isinstance(e.code, str) else capsys.readouterr().err.strip()
+            assert said.startswith("train.py: error: ") and "\n" not in said and len(said) < 400, said
+        capsys.readouterr()
+
+
 def test_compile_falls_back(corpus, tmp_path, monkeypatch, capsys):
     def broken(model):
         def fail(*a):
@@ -1617,9 +1639,11 @@ def test_mamba2_is_that_of_transformers():
 @pytest.mark.parametrize("size", [dict(d_model=128, n_rows=32), dict(d_model=192, n_rows=32), dict(d_model=384, n_rows=64)])
 def test_mixers_have_as_many_parameters(size):
     def parameters(**changes):
+        config = FMemConfig(n_layer=5, **size, **changes)
         with torch.device("meta"):
-            model = FMem(FMemConfig(n_layer=5, **size, **changes))
-        return sum(p.numel() for p in model.parameters())
+            counted = sum(p.numel() for p in FMem(config).parameters())
+        assert counted == config.n_parameters()
+        return counted
     plain = parameters()
     for changes in (dict(mixer="attention"), dict(mixer="mamba2"), dict(conv=4, gate=True), dict(gate=True), dict(conv=4),
                     *(dict(ablation=a) for a in ABLATIONS)):

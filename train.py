@@ -160,6 +160,8 @@ def check(s):
     for name, below in (("min_lr", 1.0000001), ("beta2", 1)):
         if not 0 <= getattr(s, name) < below:
             raise ValueError(f"--{name} must be from 0 to 1, not {getattr(s, name)}")
+    if s.batch_size * s.context >= 2**31:
+        raise ValueError(f"--batch_size times --context must be below 2**31 tokens, not {s.batch_size} times {s.context}")
     if s.dtype not in ("auto", "bf16", "float32"):
         raise ValueError(f"--dtype must be auto, bf16 or float32, not {s.dtype}")
     if s.resume and s.overwrite:
@@ -520,6 +522,10 @@ def train(given):
             what = f"--{differs[0]}" if differs else "the tokenizer of --data"
             raise ValueError(f"--resume: {what} is not that of the run in {out}; start another with --out DIR")
         step, elapsed_before, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
+    room = memory_of(device)
+    if room and 16 * config.n_parameters() > room:      # float32 weights, gradients and two moments
+        raise ValueError(f"a model of {config.n_parameters():,} parameters needs 16 bytes for each to train, and {device} has "
+                         f"{room / 2**30:.0f} GB; try a smaller --d_model, --n_layer, --n_rows or --d_mlp")
     torch.manual_seed(s.seed)
     model = FMem(config).to(device)
     optimizer = make_optimizer(model, s, device)
@@ -685,6 +691,16 @@ def train(given):
     return snapshot() if rank == 0 else None
 
 
+def memory_of(device):
+    """Bytes of memory of the GPU, or of the machine; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def write_sample(model, enc, n, device):
     model.eval()
     generator = torch.Generator(device).manual_seed(0)
@@ -702,6 +718,11 @@ def main(argv=None):
         train(given)
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: error: {e}")
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(e):
+            raise
+        why = (str(e).strip() or "Python has no more").splitlines()[0]
+        sys.exit(f"train.py: error: out of memory ({why}); try a smaller --micro_batch, --context or model")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; what was saved before stays")
 
