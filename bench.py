@@ -428,7 +428,7 @@ def table_generation(quick):
                 one = [v.numel() * v.element_size() for layer in context_state(model, 1, 1)
                        for v in (layer if isinstance(layer, tuple) else [layer]) if torch.is_tensor(v)]
                 sizes[name] = B * (sum(one) * context // 513 if model.config.mixer == "attention" else sum(one))
-                if sizes[name] < (60 if GPU else 6) * 2**30:
+                if sizes[name] < (60 if GPU else 2) * 2**30:
                     runs[name] = stepper(model, token, context_state(model, context, B))
             times = clock(runs, 10 if quick else 50)
             rows.append(dict(table="generation", context=context, B=B, token_seconds=times, state_bytes=sizes,
