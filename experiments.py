@@ -50,6 +50,9 @@ RECALL_MODELS = {"m=16": "--n_rows 16 --k_rows 4", "m=64": "", "m=64, untied": "
                  "transformer": "--mixer attention --n_head 4", "mamba2": "--mixer mamba2"}
 
 
+SHOWN = f"routing/sparse_{SEEDS[0]}"     # whose rows and sentence RESULTS.md shows
+
+
 def experiments():
     """{name: command}, in the order in which they are run; the first part of a name is its experiment."""
     runs = {}
@@ -125,6 +128,10 @@ def run_one(name, command):
     if done.returncode:
         raise RuntimeError(f"{name}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
     result = read_log(HERE / out, done.stdout) if program == "train.py" else json.loads((HERE / f"{out}.json").read_text())
+    if "routing" in result and name != SHOWN:           # the bulky part, of which one is shown
+        del result["routing"]["sentence"]
+        for layer in result["routing"]["layers"]:
+            del layer["collected"], layer["use"]
     return {"name": name, "command": command, "seconds": round(time.perf_counter() - start, 1), "result": result}
 
 

@@ -20,7 +20,8 @@ def spread(values, digits=3):
     """mean ± standard deviation over the seeds."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f} (one seed)" if values else ""
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    mean = round(statistics.mean(values), digits) + 0.0     # no "-0.00"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(head, rows):
@@ -136,7 +137,7 @@ def long(done, figures):
     rises = []
     for m in found:
         change = {n: [100 * (p / one["base"] - 1) for p, one in zip(values(m, "position", n), found[m], strict=True)] for n in shown}
-        rises.append([NAMES[m], *(f"{statistics.mean(change[n]):+.2f}" for n in shown[:-1]), spread(change[shown[-1]], 2)])
+        rises.append([NAMES[m], *(f"{round(statistics.mean(change[n]), 2) + 0.0:+.2f}" for n in shown[:-1]), spread(change[shown[-1]], 2)])
 
     def draw(figure):
         axes = figure.subplots(1, 2)
