@@ -32,7 +32,8 @@ LR = {"sparse": "8e-3", "dense": "8e-3", "transformer": "4e-3", "mamba2": "8e-3"
 
 # one change each to the sparse memory
 ABLATIONS = {"base": "", "tau=1": "--tau 1", "tau=0.125": "--tau 0.125", "alpha_std=0.25": "--alpha_std 0.25",
-             "alpha_std=4": "--alpha_std 4", "router_lr=3": "--router_lr 3", **{name: f"--ablation {name}" for name in (
+             "alpha_std=4": "--alpha_std 4", "router_lr=0.1": "--router_lr 0.1", "router_lr=3": "--router_lr 3",
+             **{name: f"--ablation {name}" for name in (
                  "eta=1", "eta=0.8", "mu=1", "mu=0.8", "norm_after", "untied", "no_renorm", "balance=0.01")},
              "conv": "--conv 4", "gate": "--gate", "conv+gate": "--conv 4 --gate"}
 
