@@ -311,13 +311,17 @@ def recall_section(done, figures):
         axes = figure.subplots(1, len(text), squeeze=False)[0]
         for ax, (task, _, found, cases) in zip(axes, text, strict=True):
             key = "pairs" if task == "mqar" else "distance"
-            for i, (model, runs) in enumerate(found.items()):
+            for model, runs in found.items():
                 ax.plot(cases, [statistics.mean(r["right"] for run in runs for r in run["rows"] if r[key] == c) for c in cases],
-                        "o-", label=NAMES.get(model, model), markersize=3, linewidth=1.2, color=f"C{i}")
+                        "o-", label=NAMES.get(model, "memory, " + model), markersize=3, linewidth=1.2,
+                        color=f"C{list(RECALL_MODELS).index(model)}")
             ax.set(xscale="log", xlabel="pairs" if task == "mqar" else "tokens in between", title=task, ylim=(0, 1.02))
+            if task == "mqar":
+                ax.set_xticks(cases, cases)
+                ax.minorticks_off()
             ax.grid(alpha=0.3)
         axes[0].set(ylabel="share of right answers")
-        axes[0].legend(fontsize=7)
+        axes[0].legend(fontsize=7, loc=(0.35, 0.42))
 
     tables = {task: shown for task, shown, _, _ in text}
     return f"""## 5. Recall
