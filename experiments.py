@@ -37,6 +37,9 @@ ABLATIONS = {"base": "", "tau=1": "--tau 1", "tau=0.125": "--tau 0.125", "alpha_
                  "eta=1", "eta=0.8", "mu=1", "mu=0.8", "norm_after", "untied", "no_renorm", "balance=0.01")},
              "conv": "--conv 4", "gate": "--gate", "conv+gate": "--conv 4 --gate"}
 
+# those that change how sharply the tokens are routed, looked at with eval.py --routing
+SPREAD = "base", "tau=1", "router_lr=0.1", "balance=0.01"
+
 # the memory scaling: rows, and how many of them a token takes
 ROWS = [(m, k) for m in (4, 16, 64, 128) for k in dict.fromkeys((None, 4, m // 4)) if k != m]
 TAUS = "0.25", "1", "0.5", "0.125"
@@ -83,6 +86,9 @@ def experiments():
     for seed in SEEDS:
         for name, options in ABLATIONS.items():
             runs[f"ablation/{name}_{seed}"] = f"python train.py {SIZE} --lr 8e-3 {options} --max_steps 200 --seed {seed}"
+    for name in SPREAD:
+        runs[f"ablation-routing/{name}"] = (
+            f"python eval.py {OUT}/ablation/{name}_{SEEDS[0]}/last.pt --routing --tokens 16384")
     for m, k in ROWS:
         for tau in TAUS:
             runs[f"rows/{m}_{k}_{tau}_{SEEDS[0]}"] = rows_command(m, k, tau, SEEDS[0])

@@ -8,7 +8,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiments import ABLATIONS, LR, MODELS, RECALL_MODELS, ROWS, SEEDS, SIZE, SMALL, TASKS, best_tau, results
+from experiments import ABLATIONS, LR, MODELS, RECALL_MODELS, ROWS, SEEDS, SIZE, SMALL, SPREAD, TASKS, best_tau, results
 
 HERE = Path(__file__).resolve().parent
 NAMES = {"sparse": "memory, k = m/4", "dense": "memory, dense", "transformer": "Transformer", "mamba2": "Mamba-2",
@@ -416,6 +416,8 @@ def ablation_section(done):
                          spread([a - b for a, b in zip(nats, base, strict=False)]) if options and len(nats) == len(base) else ""])
     if not rows:
         return ""
+    spreads = [[f"`{ABLATIONS[name] or 'as it is'}`", *(f"{layer['rows_used']:.1f}" for layer in line["result"]["routing"]["layers"])]
+               for name in SPREAD if (line := done.get(f"ablation-routing/{name}"))]
     return f"""## 7. Ablations
 
 One change each to the sparse memory (`{SIZE}`, lr 8e-3, {200 * 2048:,} tokens, three seeds); in the last column the
@@ -423,6 +425,9 @@ difference to the unchanged memory with the same seed (negative: better). `--con
 `--ablation` is said in [ablations.py](ablations.py).
 
 {table(["change", "nats per token", "difference"], rows)}
+Rows used (of 32, as in section 6) by layer, first seed: the collapse can be had less, at no gain.
+
+{table(["change", *(f"layer {i}" for i in range(5))], spreads)}
     python experiments.py run ablation
 """
 
