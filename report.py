@@ -261,6 +261,8 @@ def speed(bench, figures):
         axes[0].set(ylabel="time of a token (memory at 1k = 1)")
         axes[0].legend(fontsize=8)
 
+    cpu = json.loads((HERE / "results/bench_cpu.json").read_text(encoding="utf-8"))["rows"]
+    alone = next(r["last_over_first"] for r in cpu if r["table"] == "context" and r["B"] == 1)
     head = ["context", *(NAMES[m] for m in MODELS)]
     return f"""## 4. Speed, beside the others
 
@@ -274,7 +276,7 @@ Peak memory of a training step, MiB beyond the weights, d_model 256:
 {table(head, peaks)}
 The time of one more token after a context, d_model 128, over that of the sparse memory after 1,024 tokens with as many texts. (The
 models take turns, and a Transformer's cache of hundreds of MB empties the processor's for the next one: the memory's own step does not
-change, 0.998 in `python bench.py`, where it is alone.)
+change: {alone:.3f} of it after 131,072 tokens in `python bench.py`, where it is alone.)
 
 {table(["texts", *head], steps)}
 Tokens per second of a prompt of that length and 256 tokens written, one text, over those of the sparse memory (the Transformer's
