@@ -6,6 +6,7 @@ loop, the programs against their own promises. Where a tolerance is not obvious 
 import contextlib
 import csv
 import dataclasses
+import gzip
 import importlib.util
 import io
 import itertools
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections import Counter
 from pathlib import Path
@@ -50,6 +52,20 @@ from fmem import FactorizationMemory, FMem, FMemConfig, scan_chunked, scan_loop
 
 HERE = Path(__file__).resolve().parent
 torch.set_flush_denormal(True)
+
+
+# FMEM_SLOW=1 runs the endurance tests at full length; what they did goes to results/survives.json and from there, with
+# report.py, into the README. Without it each runs a short form of itself.
+SLOW = bool(os.environ.get("FMEM_SLOW"))
+
+
+def survived(test, **figures):
+    """Note what an endurance test ran and found."""
+    print(f"\n{test}: {figures}")
+    if SLOW:
+        path = HERE / "results/survives.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, test: figures}, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture(autouse=True)
@@ -836,24 +852,28 @@ def test_tokenizer_keeps_any_text(corpus):
 def test_prepared_folder(corpus):
     train, val, fields, meta = prepare.load(corpus)
     enc = prepare.load_tokenizer(fields)
-    assert meta["train"]["documents"] == [f"doc{i}" for i in range(10)] and len(meta["val"]["documents"]) == 2
+    assert meta["train"]["sources"] == [f"doc{i}" for i in range(10)] and meta["val"]["documents"] == 2
     for tokens, name, first in ((train, "train", 0), (val, "val", 10)):
-        texts = enc.decode(tokens.tolist()).split("<|endoftext|>")
-        assert texts.pop() == "" and len(texts) == len(meta[name]["documents"])
+        texts = enc.decode(tokens[:].tolist()).split("<|endoftext|>")
+        assert texts.pop() == "" and len(texts) == meta[name]["documents"]
         assert texts[0] == some_text(700, seed=first) or texts[0] == some_text(700, seed=11)
         assert len(tokens) == meta[name]["tokens"] and tokens.dtype == np.uint16
 
 
-def test_split():
-    whole = prepare.split({"a": "0123456789" * 10})
-    assert list(whole["train"].values()) == ["0123456789" * 9] and list(whole["val"].values()) == ["0123456789"]
-    three = prepare.split({"a": "x" * 50, "b": "y" * 45, "c": "z" * 5})
-    assert list(three["train"]) == ["a"] and list(three["val"]) == ["b", "c"]
-    named = prepare.split({"a": "x", "b": "y"}, ["a"])
-    assert list(named["train"]) == ["b"] and list(named["val"]) == ["a"]
+def test_split(tmp_path):
+    def parts(texts, val=None):
+        splits = prepare.split([prepare.Source(name, text=text) for name, text in texts.items()], val)
+        return {name: [(s.name, "".join(block for part in prepare.read_text(s, "") for block in part)) for s in sources]
+                for name, (sources, _) in splits.items()}
+
+    (_, train), = (whole := parts({"a": "0123456789" * 10}))["train"]
+    assert train == "0123456789" * 9 and [text for _, text in whole["val"]] == ["0123456789"]
+    three = parts({"a": "x" * 50, "b": "y" * 45, "c": "z" * 5})
+    assert three == {"train": [("a", "x" * 50)], "val": [("b", "y" * 45), ("c", "z" * 5)]}
+    assert parts({"a": "x", "b": "y"}, {"a"}) == {"train": [("b", "y")], "val": [("a", "x")]}
     for empty in ({}, {"a": "x"}):
         with pytest.raises(prepare.DataError):
-            prepare.split(empty)
+            parts(empty)
 
 
 def test_wide_vocabularies_take_four_bytes(tmp_path):
@@ -922,7 +942,7 @@ def test_prepare_command(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     done = run("--input", zero, tmp_path / "1.txt", "--val", tmp_path / "2.txt", "--out", tmp_path / "o", "--vocab_size", 280)
     assert done.returncode == 0, done.stderr
-    assert prepare.load(tmp_path / "o")[3]["val"]["documents"] == [str(tmp_path / "2.txt")]
+    assert prepare.load(tmp_path / "o")[3]["val"]["sources"] == [str(tmp_path / "2.txt")]
     for arguments, message in [(["--input", tmp_path / "bad.txt"], "not UTF-8"),
                                (["--input", tmp_path / "no.txt"], "No such file"),
                                (["--input", zero, "--vocab_size", 9, "--out", tmp_path / "p"], "256 "),
@@ -932,6 +952,219 @@ def test_prepare_command(tmp_path):
         done = run(*arguments)
         assert done.returncode != 0 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k", "o200k"])
+def test_pieces_have_the_tokens_of_the_whole(name, corpus, monkeypatch):
+    """A cut falls where every tokenizer's pattern ends a word; and where there is no such place, no character is lost."""
+    patterns = {"gpt2": prepare.GPT2_PATTERN,
+                "cl100k": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"""
+                          r"""\s*[\r\n]|\s+(?!\S)|\s""",
+                "o200k": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
+                         r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}"""
+                         r"""\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|"""
+                         r"""\s+(?!\S)|\s+"""}
+    enc = prepare.load_tokenizer({**prepare.load(corpus)[2], "pat_str": patterns[name]})
+    rng = random.Random(0)
+    monkeypatch.setattr(prepare, "PIECE", 40)
+    for _ in range(200):
+        words = [*WORDS, "a'll", " ", "  \n", "!\r\n", "12345", "e\u0301 ", "— ", "..."]
+        text = "".join(rng.choice(words) + rng.choice(["", " "]) for _ in range(rng.randrange(80)))
+        blocks = [text[i:i + 33] for i in range(0, len(text), 33)]
+        pieces = list(prepare.cut(blocks))
+        assert "".join(pieces) == text and all(0 < len(p) <= 40 for p in pieces)
+        if all(re.search(r"\w\Z", a) and b[0] == " " for a, b in itertools.pairwise(pieces)):
+            assert prepare.encode(enc, text).tolist() == enc.encode_ordinary(text)
+        assert b"".join(prepare.token_strings(enc)[t] for t in prepare.encode(enc, text)) == text.encode()
+    monkeypatch.setattr(prepare, "PIECE", 2**18)
+    for hard in ("a" * 10**6, " " * 10**6 + "a", "\n " * 10**6 + "x", "\x00" * 10**6, "東" * 10**6, "\ud800" * 1000):
+        tokens = prepare.encode(enc, hard)              # tiktoken alone panics on the second
+        assert b"".join(map(prepare.token_strings(enc).__getitem__, tokens)) == hard.encode("utf-16", "surrogatepass").decode(
+            "utf-16", "replace").encode()
+
+
+def zoo(folder, documents=60, words=300):
+    """Files of every kind that prepare.py reads, with what each document is: {name: [texts]}."""
+    folder.mkdir()
+    texts = [some_text(words, seed=i) for i in range(documents)]
+    (folder / "sub").mkdir()
+    (folder / "sub/a.txt").write_text(texts[0], encoding="utf-8", newline="")
+    (folder / "b.txt").write_text("", encoding="utf-8")
+    lines = ["".join(json.dumps({"text": t, "id": i}, ensure_ascii=bool(i % 2)) + "\n\n" for i, t in enumerate(part))
+             for part in (texts[1:documents // 2], texts[documents // 2:])]
+    (folder / "c.jsonl").write_text(lines[0], encoding="utf-8")
+    with gzip.open(folder / "d.jsonl.gz", "wt", encoding="utf-8") as f:
+        f.write(lines[1])
+    (folder / "notes.md").write_text("not a corpus", encoding="utf-8")
+    named = {"c.jsonl": texts[1:documents // 2], "d.jsonl.gz": texts[documents // 2:], "sub/a.txt": texts[:1]}
+    if importlib.util.find_spec("pyarrow"):
+        import pyarrow
+        import pyarrow.parquet
+        rows = [some_text(50, seed=1000 + i) for i in range(40)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows, "n": list(range(40))}), folder / "e.parquet", row_group_size=7)
+        named["e.parquet"] = rows
+    return {name: named[name] for name in sorted(named)}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_prepare_reads_every_kind_and_gives_the_same_bytes_for_any_workers(tmp_path, monkeypatch):
+    documents = [text for texts in zoo(tmp_path / "in").values() for text in texts]
+    monkeypatch.setattr(prepare, "JOB", 3000)
+    monkeypatch.setattr(prepare, "PIECE", 800)
+    results = []
+    for workers in (1, 2, 5):
+        out = tmp_path / f"out{workers}"
+        prepare.main(["--input", str(tmp_path / "in"), "--out", str(out), "--vocab_size", "300", "--workers", str(workers),
+                      "--shard_tokens", "20000"])
+        results.append(contents(out))
+    assert results[0] == results[1] == results[2]
+    train, val, fields, meta = prepare.load(tmp_path / "out2")
+    enc = prepare.load_tokenizer(fields)
+    assert meta["train"]["shards"] > 2 and [len(f) >= 20000 for f in train.files[:-1]] == [True] * (meta["train"]["shards"] - 1)
+    end = "<|endoftext|>"
+    assert enc.decode(val[:].tolist()).split(end) == documents[::10] + [""]                 # every tenth, the first included
+    assert enc.decode(train[:].tolist()).split(end) == [d for i, d in enumerate(documents) if i % 10] + [""]
+    assert meta["train"]["documents"] + meta["val"]["documents"] == len(documents)
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == sum(len(d.encode()) for d in documents)
+    whole = np.concatenate(train.files)
+    for start, stop in ((0, 5), (19990, 20020), (len(whole) - 3, len(whole) + 9), (7, 7), (0, None)):
+        assert np.array_equal(train[start:stop], whole[start:stop])
+    assert train[20001] == whole[20001] and len(train) == len(whole)
+    assert not list(tmp_path.glob(".*"))                # neither lock nor work is left behind
+
+
+PREPARE_KILLS = 30 if SLOW else 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
+def test_prepare_killed_at_any_moment(tmp_path, monkeypatch):
+    """SIGKILL at random moments: the same command goes on, and ends with the bytes of a run that was never killed."""
+    zoo(tmp_path / "in", documents=40 * PREPARE_KILLS)
+    command = ["--input", str(tmp_path / "in"), "--vocab_size", "300", "--shard_tokens", "4000"]
+    code = f"""
+import os, random, signal, time
+from data import prepare
+prepare.JOB, g, kills = 3000, random.Random(1), 0
+encode = prepare.encode
+prepare.encode = lambda *a: time.sleep(0.02) or encode(*a)     # spreads the work over the time of the kills
+while True:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open({str(tmp_path / "said")!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        prepare.main({command!r} + ["--out", {str(tmp_path / "killed")!r}, "--workers", str(1 + kills % 3)])
+        os._exit(0)
+    if kills < {PREPARE_KILLS}:
+        time.sleep(g.uniform(0.05, 0.6))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if status != signal.SIGKILL:
+        break
+    kills += 1
+print(status, kills)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, encoding="utf-8", errors="replace")
+    assert done.returncode == 0, done.stderr
+    status, kills = map(int, done.stdout.split())
+    goes_on = (tmp_path / "said").read_text().count("goes on")
+    assert status == 0 and kills >= PREPARE_KILLS // 2 and goes_on >= 1, done.stdout
+    survived("prepare_killed", kills=kills, resumed=goes_on)
+    monkeypatch.setattr(prepare, "JOB", 3000)
+    prepare.main([*command, "--out", str(tmp_path / "whole")])
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def big_corpus(folder, size):
+    """About `size` bytes of text as .txt, .jsonl and .jsonl.gz, of 200,000 different words as frequent as words are."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxzéü東"))
+    words = np.array(["".join(rng.choice(letters, n)) for n in 1 + rng.poisson(4, 200_000)])
+
+    def text(n):                                                    # Zipf's law: rank r with a frequency like 1 / r
+        return " ".join(words[(200_001 ** rng.random(n)).astype(int) - 1])
+
+    paragraphs = [text(int(n)) for n in rng.integers(50, 2000, 3000)]
+    mean = sum(len(p.encode()) for p in paragraphs) / len(paragraphs)
+    for name, share in (("a.txt", 0.2), ("b/c.txt", 0.2), ("d.jsonl", 0.3), ("e.jsonl.gz", 0.3)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        with (gzip.open if name.endswith("gz") else open)(folder / name, "wb") as f:
+            for i in rng.integers(len(paragraphs), size=int(share * size / mean)):
+                f.write((paragraphs[i] if name.endswith("txt") else json.dumps({"text": paragraphs[i]})).encode() + b"\n")
+    return paragraphs
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="the peak of a process's memory is measured with wait4")
+def test_prepare_a_corpus_larger_than_its_memory(tmp_path):
+    """FMEM_SLOW: 2 GB of text in less than 1 GB of memory; else 20 MB."""
+    size, workers = (2 * 10**9 if SLOW else 2 * 10**7), len(os.sched_getaffinity(0))
+    paragraphs = big_corpus(tmp_path / "in", size)
+    command = [sys.executable, HERE / "data/prepare.py", "--input", tmp_path / "in", "--out", tmp_path / "out",
+               "--workers", workers]
+    start = time.perf_counter()
+    with open(tmp_path / "said", "w") as said:
+        child = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said)
+        _, status, usage = os.wait4(child.pid, 0)
+    seconds, said = time.perf_counter() - start, (tmp_path / "said").read_text()
+    assert status == 0, said
+    _, _, fields, meta = prepare.load(tmp_path / "out", check=True)
+    done, enc = meta["train"]["bytes"] + meta["val"]["bytes"], prepare.load_tokenizer(fields)
+    assert 0.8 * size < done < 1.2 * size and 0 < meta["val"]["bytes"] < 0.11 * done
+    assert usage.ru_maxrss < 1e6, usage.ru_maxrss                   # in KiB
+    if SLOW:
+        assert "s left" in said and meta["train"]["shards"] > 5
+    sample = (paragraphs * 10)[:20000 if SLOW else 1000]
+    start = time.perf_counter()
+    enc.encode_ordinary_batch(sample, num_threads=workers)
+    own = sum(len(p.encode()) for p in sample) / (time.perf_counter() - start)
+    shutil.rmtree(tmp_path / "in")
+    shutil.rmtree(tmp_path / "out")
+    survived("prepare_large", bytes=done, seconds=round(seconds), workers=workers, peak_mb=round(usage.ru_maxrss / 1024),
+             files=meta["train"]["shards"], mb_per_second=round(done / seconds / 1e6, 1),
+             tiktoken_mb_per_second=round(own / 1e6, 1))
+
+
+def test_prepare_says_what_is_wrong(tmp_path, capsys):
+    good = json.dumps({"text": "some words"}) + "\n"
+    (tmp_path / "empty").mkdir()
+    parquet = "cannot be read as .parquet" if importlib.util.find_spec("pyarrow") else "pip install pyarrow"
+    cases = {"cut.jsonl.gz": (gzip.compress(good.encode() * 500)[:-20], "line .* cannot be read"),
+             "not.jsonl.gz": (b"hello", "line 1 cannot be read"),
+             "broken.jsonl": (good.encode() + b'{"text": "a', "line 2 cannot be read"),
+             "other.jsonl": (b'{"body": "words"}\n', "line 1 has no text in a field text"),
+             "list.jsonl": (b'["words"]', "line 1 has no text"),
+             "number.jsonl": (b'{"text": 5}', "line 1 has no text"),
+             "deep.jsonl": (b"[" * 10**5, "line 1 cannot be read"),
+             "latin.jsonl": (b'{"text": "caf\xe9"}', "line 1 cannot be read"),
+             "latin.txt": (b"x" * 2**20 + b"caf\xe9", "not UTF-8 text .byte 1048579"),
+             "half.txt": (b"caf\xc3", "not UTF-8 text .byte 3"),
+             "null.parquet": (b"PAR1PAR1", parquet),
+             "one.jsonl": (good.encode(), "no document is left for training"),
+             "two.jsonl": (good.encode() * 2, None), "empty": (None, "has no file"), "nothing": (None, "No such file")}
+    for name, (content, message) in cases.items():
+        if content:
+            (tmp_path / name).write_bytes(content)
+        if message:
+            with pytest.raises(SystemExit, match=f"data/prepare.py: error: .*{message}") as e:
+                prepare.main(["--input", str(tmp_path / name), "--out", str(tmp_path / "out"), "--vocab_size", "260"])
+            assert "\n" not in str(e.value) and (name in str(e.value) or "left" in message), name
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
+    prepare.main(["--input", str(tmp_path / "two.jsonl"), "--out", str(tmp_path / "out"), "--vocab_size", "260"])
+    assert prepare.load(tmp_path / "out")[3]["train"]["documents"] == 1
+    prepare.main(["--check", str(tmp_path / "out")])
+    (tmp_path / "out/val-00000.bin").write_bytes((tmp_path / "out/val-00000.bin").read_bytes()[:-2] + b"\1\0")
+    with pytest.raises(SystemExit, match="a checksum differs"):
+        prepare.main(["--check", str(tmp_path / "out")])
+
+
+def test_two_prepares_of_one_folder_do_not_mix(tmp_path):
+    pytest.importorskip("fcntl", reason="locks on files are for Unix")
+    with prepare.locked(tmp_path / ".out.lock"), pytest.raises(prepare.DataError, match="another process"):
+        prepare.prepare(tmp_path / "out", {"a": some_text(99)}, corpus="x", vocab_size=260)
+    prepare.prepare(tmp_path / "out", {"a": some_text(99)}, corpus="x", vocab_size=260)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -1193,7 +1426,7 @@ def test_no_mutation_of_the_data_loads_to_something_else(corpus, tmp_path):
     for i in range(400):
         folder = tmp_path / "data"
         shutil.copytree(corpus, folder, dirs_exist_ok=True)
-        path = folder / ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json")[i % 4]
+        path = folder / ("train-00000.bin", "val-00000.bin", "tokenizer.tiktoken", "meta.json")[i % 4]
         path.write_bytes(mutated(path.read_bytes(), g)[1])
         try:
             *got, got_fields, got_meta = prepare.load(folder)
