@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -46,6 +47,7 @@ import experiments
 import fmem
 import report
 import sample as sample_py
+import sharded
 import train as train_py
 from data import prepare, recall
 from fmem import FactorizationMemory, FMem, FMemConfig, scan_chunked, scan_loop
@@ -1420,6 +1422,69 @@ def test_a_checkpoint_without_a_model_is_refused_in_one_line(change, run20):
     assert "\n" not in str(e.value)
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 on a CPU needs a newer PyTorch")
+    torch.distributed.init_process_group("gloo", init_method=(tmp_path / "group").as_uri(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded_model(seed):
+    torch.manual_seed(seed)
+    model = sharded.shard(FMem(tiny(n_layer=1, d_model=8, d_memory=8)), torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(torch.arange(20)[None])[0].square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_no_mutation_of_a_checkpoint_in_parts_loads_to_something_else(alone, tmp_path):
+    """Those of --fsdp: refused in one line, by the checksums; and code in PyTorch's table of contents, a pickle, does not run."""
+    model, optimizer = sharded_model(1)
+    run = {"format": train_py.FORMAT, "step": 5}
+    sharded.save(tmp_path, 5, model, optimizer, lambda path: train_py.save_checkpoint(run, path))
+    folder = sharded.newest(tmp_path)
+    want = {name: value.clone() for name, value in sharded.tensors(model, optimizer).items()}
+    other, moments = sharded_model(2)
+    assert not same(want, sharded.tensors(other, moments))
+    sharded.load(folder, other, moments)
+    assert same(want, sharded.tensors(other, moments))
+    g, outcomes, bad = random.Random(0), Counter(), tmp_path / "bad"
+    files = sorted(path.name for path in folder.iterdir())
+    assert len(files) == 4
+    for i in range(1000 if SLOW else 60):
+        shutil.copytree(folder, bad, dirs_exist_ok=True)
+        name = files[i % 4]
+        (bad / name).write_bytes(mutated((bad / name).read_bytes(), g)[1])
+        try:
+            train_py.load_checkpoint(bad / "run.pt")
+            sharded.load(bad, other, moments)
+            assert same(want, sharded.tensors(other, moments))
+            outcomes["same"] += 1
+        except (ValueError, OSError) as e:
+            outcomes["several lines" if "\n" in str(e) else name] += 1
+    assert not outcomes["several lines"] and outcomes["same"] < 0.2 * (i + 1) and len(outcomes) >= 4, outcomes
+    survived("mutations_in_parts", mutations=i + 1, refused=i + 1 - outcomes["same"])
+    shutil.copytree(folder, bad, dirs_exist_ok=True)
+    for evil in (pickle.dumps(Evil()), pickle.dumps({"a": torch.distributed.checkpoint.metadata.BytesStorageMetadata()})):
+        (bad / ".metadata").write_bytes(evil)
+        (bad / "sums-0.txt").write_text(f"{prepare.file_hash(bad / '.metadata')}  .metadata\n")
+        with pytest.raises(OSError, match="which no checkpoint of ours does"):
+            sharded.load(bad, other, moments)
+    assert not Evil.ran
+
+
+def test_fsdp_says_what_is_wrong(corpus, run20, tmp_path):
+    with pytest.raises(ValueError, match="start them with torchrun"):
+        train_py.train(settings(corpus, tmp_path / "out", fsdp=True))
+    shutil.copytree(run20[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="was begun without --fsdp"):
+        train_py.train({"out": str(tmp_path / "run"), "resume": True, "fsdp": True})
+
+
 def test_no_mutation_of_the_data_loads_to_something_else(corpus, tmp_path):
     g, outcomes = random.Random(0), Counter()
     *want, fields, meta = prepare.load(corpus)
@@ -1540,20 +1605,75 @@ def test_gradient_accumulation_changes_nothing(corpus, tmp_path):
         assert error(a, b) < 1e-4                               # float32 sums in another order, through AdamW's square root
 
 
-def test_two_processes_train_like_one(corpus, tmp_path):
-    given = settings(corpus, tmp_path / "one", max_steps=6, eval_every=3, dropout=0.0)
-    one = train_py.train(given)
-    options = [w for k, v in given.items() if k != "out" for w in (f"--{k}", str(v))]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           str(HERE / "train.py"), "--out", str(tmp_path / "two"), *options],
-                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
-    assert done.returncode == 0, done.stderr
-    two = train_py.load_checkpoint(tmp_path / "two/last.pt")
+def torchrun(n, out, given, *options):
+    """train.py in n processes, started."""
+    options = [w for k, v in given.items() if k != "out" for w in (f"--{k}", str(v))] + list(map(str, options))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(HERE / "train.py")]
+    popen = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", start_new_session=True)
+    return subprocess.Popen([*command, "--out", str(out), *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, **popen)
+
+
+def finished(process):
+    try:
+        said, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, said, errors
+
+
+def like(a, b, rel=1e-5):
+    """The same losses to rounding."""
     for column in ("train_loss", "val_loss"):
-        want = [(step, pytest.approx(value, rel=1e-5)) for step, value in log_rows(tmp_path / "one", column)]
-        assert log_rows(tmp_path / "two", column) == want
-    for a, b in zip(two["model"].values(), one["model"].values(), strict=True):
+        want = [(step, pytest.approx(value, rel=rel)) for step, value in log_rows(b, column)]
+        assert len(want) > 1 and log_rows(a, column) == want
+
+
+@pytest.mark.parametrize("n, options", [(2, []), (4, []), (2, ["--fsdp"]), (4, ["--fsdp", "--micro_batch", 1])])
+def test_processes_train_like_one(n, options, corpus, tmp_path):
+    """2 and 4 processes, the model whole in each of them or split over them, have the losses and weights of one process."""
+    if options and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 on a CPU needs a newer PyTorch")
+    given = settings(corpus, tmp_path / "one", max_steps=6, eval_every=3, dropout=0.0, batch_size=8, d_memory=24)
+    one = train_py.train(given)
+    code, _, errors = finished(torchrun(n, tmp_path / "n", given, *options))
+    assert code == 0, errors
+    like(tmp_path / "n", tmp_path / "one")
+    best, whole = (train_py.load_checkpoint(tmp_path / run / "best.pt") for run in ("n", "one"))
+    assert best["step"] == whole["step"] == 6 and best["model"].keys() == whole["model"].keys()
+    for a, b in zip(best["model"].values(), one["model"].values(), strict=True):
         assert error(a, b) < 1e-4                               # as for gradient accumulation
+    names = {path.name for path in (tmp_path / "n").iterdir() if path.suffix != ".png"}
+    assert names == {"best.pt", "log.csv", "step-6" if options else "last.pt"}
+
+
+@pytest.mark.parametrize("options, processes", [([], (2, 1)), (["--fsdp"], (2, 4))])
+def test_a_dead_process_ends_the_run_and_it_goes_on_with_another_number(options, processes, corpus, tmp_path):
+    if options and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 on a CPU needs a newer PyTorch")
+    given = settings(corpus, tmp_path / "n", max_steps=10**6, eval_every=4, dropout=0.0, batch_size=8, min_lr=1.0)
+    run = torchrun(processes[0], tmp_path / "n", given, *options)
+    deadline = time.time() + 120
+
+    def saved():
+        return [*(tmp_path / "n").glob("last.pt"), *(tmp_path / "n").glob("step-*/run.pt")]
+
+    while time.time() < deadline and not saved():
+        time.sleep(0.02)
+    found = subprocess.run(["ps", "--no-headers", "-o", "pid", "--ppid", str(run.pid)], capture_output=True, text=True)
+    ranks = found.stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    begun = time.time()
+    code, _, errors = finished(run)
+    assert code != 0 and time.time() - begun < 60
+    assert len(ranks) == processes[0] and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert "train.py: error: another process of this run has ended" in errors and 'train.py", line' not in errors, errors
+    steps = 4 + max(train_py.load_checkpoint(path)["step"] for path in saved())
+    code, said, errors = finished(torchrun(processes[1], tmp_path / "n", {"max_steps": steps}, "--resume"))
+    assert code == 0 and "resumed" in said, errors
+    train_py.train({**given, "out": str(tmp_path / "one"), "max_steps": steps})
+    like(tmp_path / "n", tmp_path / "one", rel=1e-4)
+    survived(f"dead_process{''.join(options)}", processes=processes[0], resumed_with=processes[1])
 
 
 def test_trains_in_bf16(corpus, run20, tmp_path):

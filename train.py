@@ -3,12 +3,14 @@
     python train.py                            # picks the device, the preset and the data; prints what and why
     python train.py --resume                   # goes on where the run in out/ stopped
     torchrun --nproc_per_node 2 train.py       # data parallel: the same batches, split over the processes
+    torchrun --nproc_per_node 8 train.py --fsdp     # the model too is split over them (sharded.py)
 
 Every field of Settings below is an option, `--name value`. A run writes into --out:
 
     last.pt   the newest checkpoint      best.pt    the one with the best validation loss
     log.csv   one row per log line       loss.png   the loss curve, where matplotlib is installed
     step-N.pt what it was after N steps, with --keep_every
+    step-N/   instead of last.pt with --fsdp: every process writes its part
 
 All that is random in a step is a function of (seed, step, process), so a resumed run continues bit for bit.
 """
@@ -19,6 +21,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -52,6 +55,7 @@ class Settings:
     overwrite: bool = option(False, "start anew in a folder that holds a run, which is lost")
     device: str = option("auto", "cuda, mps, cpu, or auto")
     dtype: str = option("auto", "bf16 (autocast), float32, or auto: bf16 on a GPU that has it")
+    fsdp: bool = option(False, "split weights, gradients and optimiser over the processes of torchrun: for models beyond one GPU")
     compile: bool = option(False, "torch.compile; falls back, saying why, where that fails")
     seed: int = option(1337, "of the weights, the order of the data and dropout")
     # the model
@@ -278,14 +282,17 @@ def evaluate(model, tokens, context, sizes, device, amp, limit=None, batch=8, ra
     if len(groups[-1]) > 1:                                         # the last window may be shorter: by itself
         groups[-1:] = [groups[-1][:-1], groups[-1][-1:]]
     total = torch.zeros(3, dtype=torch.float64)                     # nats, tokens, bytes
-    for group in groups[rank::world]:
+    mine = [(group, 1.0) for group in groups[rank::world]]
+    if len(mine) * world < len(groups):                             # a model in parts needs all its processes every time
+        mine.append((groups[-1], 0.0))
+    for group, counts in mine:
         windows = np.stack([tokens[a:a + context + 1] for a in group]).astype(np.int64)
         inputs = torch.from_numpy(windows[:, :-1]).to(device)
         with amp():
             logits, _ = model(inputs)
         targets = torch.from_numpy(windows[:, 1:])
         nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(device), reduction="sum")
-        total += torch.tensor([nats.item(), targets.numel(), sizes[targets.numpy()].sum()], dtype=torch.float64)
+        total += counts * torch.tensor([nats.item(), targets.numel(), sizes[targets.numpy()].sum()], dtype=torch.float64)
     if world > 1:
         total = total.to(device if device.type == "cuda" else "cpu")
         dist.all_reduce(total)
@@ -466,16 +473,17 @@ def train(given):
 
     torch.set_flush_denormal(True)                      # sharp routing makes denormal decays, 3.5 times slower on a CPU
     out = Path(given.get("out", Settings.out))
-    checkpoint, saved = None, {}
+    checkpoint, saved, last = None, {}, out / "last.pt"
+    folder = sharded().newest(out) if any(out.glob("step-*/run.pt")) else None     # of a run with --fsdp
     if given.get("resume"):
-        if not (out / "last.pt").is_file():
-            raise ValueError(f"--resume: there is no {out / 'last.pt'}; leave --resume out to start a run")
-        checkpoint = load_checkpoint(out / "last.pt")
+        if not last.is_file() and not folder:
+            raise ValueError(f"--resume: there is no {last}; leave --resume out to start a run")
+        checkpoint = load_checkpoint(folder / "run.pt" if folder else last)
         saved = checkpoint["settings"]
     device, why_device = pick_device(given.get("device", saved.get("device", "auto")), local_rank)
     s = settle(given, device, saved)
     dtype, why_dtype = pick_dtype(s.dtype, device)
-    if not s.resume and not s.overwrite and (out / "last.pt").exists():
+    if not s.resume and not s.overwrite and (folder or last.exists()):
         raise ValueError(f"{out} holds a run; --resume continues it, --out DIR starts another, --overwrite replaces it")
     if s.batch_size % world:
         raise ValueError(f"--batch_size {s.batch_size} cannot be split evenly over {world} processes")
@@ -485,7 +493,13 @@ def train(given):
         raise ValueError(f"--micro_batch {micro} must divide the {local} windows that a process has")
     if s.carry_state and (world > 1 or s.data in recall.TASKS or s.mixer == "attention"):
         raise ValueError("--carry_state is for text, one process, and a mixer whose state does not grow")
-    if world > 1:
+    if s.resume and s.fsdp != bool(folder):
+        raise ValueError(f"--resume: the run in {out} was begun {'with' if folder else 'without'} --fsdp, so it goes on")
+    if s.fsdp and "WORLD_SIZE" not in os.environ:
+        raise ValueError("--fsdp splits a model over processes; start them with torchrun --nproc_per_node 2 train.py --fsdp")
+    if s.fsdp and s.carry_state:
+        raise ValueError("--fsdp and --carry_state exclude each other")
+    if world > 1 or s.fsdp:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out.mkdir(parents=True, exist_ok=True)
 
@@ -523,13 +537,16 @@ def train(given):
             raise ValueError(f"--resume: {what} is not that of the run in {out}; start another with --out DIR")
         step, elapsed_before, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
     room = memory_of(device)
-    if room and 16 * config.n_parameters() > room:      # float32 weights, gradients and two moments
+    if room and 16 * config.n_parameters() > room * (world if s.fsdp else 1):   # float32 weights, gradients and two moments
         raise ValueError(f"a model of {config.n_parameters():,} parameters needs 16 bytes for each to train, and {device} has "
                          f"{room / 2**30:.0f} GB; try a smaller --d_model, --n_layer, --n_rows or --d_mlp")
     torch.manual_seed(s.seed)
-    model = FMem(config).to(device)
+    model = FMem(config)                                # alike in every process, before it is split
+    model = sharded().shard(model, device) if s.fsdp else model.to(device)
     optimizer = make_optimizer(model, s, device)
-    if checkpoint:
+    if checkpoint and s.fsdp:
+        sharded().load(folder, model, optimizer)
+    elif checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
 
@@ -545,26 +562,26 @@ def train(given):
     say(f"batch     {s.batch_size} windows of {s.context} tokens = {s.batch_size * s.context:,} tokens per step, "
         f"{batches.per_epoch / s.batch_size:.1f} steps per epoch")
     if s.resume:
-        say(f"resumed   {out / 'last.pt'} after step {step}")
+        say(f"resumed   {folder or last} after step {step}")
     net = try_compile(model, batches(0)[:micro, :-1].to(device), amp, say) if s.compile else model
-    if world > 1:
+    if world > 1 and not s.fsdp:
         net = torch.nn.parallel.DistributedDataParallel(net)
 
     if s.overwrite and rank == 0:
-        for path in [out / "last.pt", out / "best.pt", *out.glob("step-*.pt")]:
-            path.unlink(missing_ok=True)
+        for path in [last, out / "best.pt", *out.glob("step-*.pt"), *out.glob("step-*/run.pt")]:
+            path.unlink(missing_ok=True)                # a step-N folder without run.pt goes with the first one saved
     log = Log(out / "log.csv", step) if rank == 0 else None
     start = last_time = time.perf_counter()
     states = checkpoint.get("states") if checkpoint else None       # of --carry_state, one per part of the batch
     if s.carry_state:
         fits = states is not None and len(states) == local // micro
         states = detached(states, device) if fits else [None] * (local // micro)
-    smooth, pending, last_step, skipped, in_a_row = None, [], step, 0, 0
+    smooth, pending, last_step, skipped, in_a_row, saved_at = None, [], step, 0, 0, step if checkpoint else None
 
-    def snapshot():
+    def snapshot(**weights):
+        weights = weights or {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         return {"format": FORMAT, "config": dataclasses.asdict(config), "settings": dataclasses.asdict(s),
-                "tokenizer": fields, "corpus": corpus, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "step": step, "best": best,
+                "tokenizer": fields, "corpus": corpus, **weights, "step": step, "best": best,
                 "seconds": elapsed_before + time.perf_counter() - start,
                 # all that the order of the data and every random draw to come depend on
                 "states": states,
@@ -586,18 +603,29 @@ def train(given):
                       val_loss=loss, val_bpb=bpb, val_tokens=count)
         return loss
 
+    def save(path=last):
+        nonlocal saved_at
+        if s.fsdp and path.name != "best.pt":
+            if saved_at != step:
+                sharded().save(out, step, model, optimizer, lambda run: save_checkpoint(snapshot(model=None), run),
+                               keep=lambda n: s.keep_every and n % s.keep_every == 0)
+            saved_at = step
+        elif s.fsdp:                                            # whole, so that sample.py and eval.py need nothing else
+            weights = sharded().full_weights(model)
+            sharded().everywhere(lambda: rank or save_checkpoint(snapshot(model=weights), path), f"cannot write {path}")
+        elif rank == 0:
+            save_checkpoint(snapshot(), path)
+
     def validate_and_save():
         nonlocal best
         loss = validate(s.eval_tokens, "eval")
-        if rank == 0:
-            better = loss < best                                # never, if it is not a number
-            best = loss if better else best
-            for path in [out / "last.pt"] + [out / "best.pt"] * better:
-                save_checkpoint(snapshot(), path)
+        better = loss < best                                    # never, if it is not a number
+        best = loss if better else best
+        for path in [last] + [out / "best.pt"] * better:
+            save(path)
 
     def keep():
-        if rank == 0:
-            save_checkpoint(snapshot(), out / f"step-{step}.pt")
+        save(out / f"step-{step}.pt")
 
     if s.keep_every and step == 0:
         keep()
@@ -623,7 +651,9 @@ def train(given):
                 states = [None] * len(parts)
             for i, windows in enumerate(parts):
                 # gradients of several parts add up here before the processes exchange them
-                with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else net.no_sync():
+                if s.fsdp:
+                    net.set_requires_gradient_sync(i == len(parts) - 1)
+                with net.no_sync() if world > 1 and not s.fsdp and i < len(parts) - 1 else contextlib.nullcontext():
                     with amp():
                         logits, state = net(windows[:, :-1], states[i] if states else None)
                         loss = F.cross_entropy(logits.float().flatten(0, 1), targets(windows).flatten())
@@ -632,6 +662,7 @@ def train(given):
                 if states:
                     states[i] = detached(state, device)
             norm, loss = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip), torch.stack(losses).sum()
+            norm = norm.full_tensor() if s.fsdp else norm
             if world > 1:
                 dist.all_reduce(loss)
             if torch.isfinite(norm + loss):             # the same for all processes: the gradient is their mean
@@ -644,9 +675,8 @@ def train(given):
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if in_a_row == s.max_skipped:
-                if rank == 0:
-                    save_checkpoint(snapshot(), out / "last.pt")
-                raise ValueError(f"the loss or its gradient was not finite in {in_a_row} steps in a row; {out / 'last.pt'} has "
+                save()
+                raise ValueError(f"the loss or its gradient was not finite in {in_a_row} steps in a row; {out} has "
                                  f"the weights from before them: --resume --lr {s.lr / 3:.1g} may go on from there")
             if (step % s.log_every == 0 or step == s.max_steps) and pending:
                 mean, now = torch.stack(pending).mean().item(), time.perf_counter()
@@ -669,8 +699,7 @@ def train(given):
         if step % s.eval_every and not stopped:
             validate_and_save()
     if stopped:
-        if rank == 0:
-            save_checkpoint(snapshot(), out / "last.pt")
+        save()
         where = "" if out == Path("out") else f" --out {out}"
         say(f"stopped   after step {step}, saved; python train.py --resume{where} goes on")
     else:
@@ -681,14 +710,22 @@ def train(given):
             if task:
                 say(f"done      {took:.0f} s; python eval.py {out / 'best.pt'} --recall says more")
             else:
-                write_sample(model, enc, s.sample_tokens, device)
+                if not s.fsdp:                          # one process alone has no whole model
+                    write_sample(model, enc, s.sample_tokens, device)
                 say(f"done      {took:.0f} s; python sample.py{'' if out == Path('out') else where} writes more")
-    if world > 1:
+    if world > 1 or s.fsdp:
         # Freed while gloo's thread still lets go of the last result, DDP waits for that thread with Python's lock in hand,
         # which the thread waits for: forever. So give it a moment.
         time.sleep(0.5)
         dist.destroy_process_group()
-    return snapshot() if rank == 0 else None
+    if rank == 0:
+        return snapshot(model=None) if s.fsdp else snapshot()
+
+
+def sharded():
+    """The module for --fsdp, loaded only where it is used."""
+    import sharded
+    return sharded
 
 
 def memory_of(device):
@@ -710,6 +747,12 @@ def write_sample(model, enc, n, device):
     print("sample    " + text.decode("utf-8", "replace").replace("\n", "\n          "), flush=True)
 
 
+def say_and_end(message):
+    """At once: no destructor waits for a process that is no more."""
+    print(f"train.py: error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a console that cannot show a character must not end a run
@@ -719,6 +762,9 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: error: {e}")
     except (MemoryError, RuntimeError) as e:
+        if dist.is_available() and dist.is_initialized() and re.search("gloo|nccl|peer|socket", str(e), re.IGNORECASE):
+            say_and_end(f"another process of this run has ended ({str(e).strip().splitlines()[-1][:200]}); "
+                        f"--resume goes on from the last checkpoint, with any number of processes that divides --batch_size")
         if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(e):
             raise
         why = (str(e).strip() or "Python has no more").splitlines()[0]
