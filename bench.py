@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import fmem
+from data.prepare import one_line, printable
 from fmem import PREFILL, FMem, FMemConfig, scan_chunked, scan_loop
 
 GPU = torch.cuda.is_available()
@@ -454,7 +455,13 @@ def main(argv=None):
     p.add_argument("--out", default="bench.json", help="file for the figures (default: bench.json)")
     p.add_argument("--models", action="store_true", help="whole models, beside a Transformer and Mamba-2, instead of the scan")
     p.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
+    p.error = lambda message: p.exit(2, f"bench.py: error: {one_line(message)}; --help lists the options\n")
     a = p.parse_args(argv)
+    try:
+        with open(a.out, "a"):                                  # now, not after minutes of measuring
+            pass
+    except (OSError, ValueError) as e:
+        sys.exit(f"bench.py: error: --out: {one_line(e)}")
     torch.set_flush_denormal(True)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if importlib.util.find_spec("triton"):
@@ -469,7 +476,7 @@ def main(argv=None):
         result["rows"] += table(a.quick)
         with open(a.out, "w") as f:                             # after every table: nothing measured is lost
             json.dump(result, f, indent=1)
-    print(f"\nwritten to {a.out}")
+    print(printable(f"\nwritten to {a.out}"))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from data import prepare
 from data.recall import LENGTH, TASKS, Recall
 from fmem import FactorizationMemory
-from train import evaluate, load_checkpoint, model_from, pick_device
+from train import evaluate, load_checkpoint, model_from, pick_device, tokenizer_of
 
 # ------------------------------------------------------------------------------------------------------- loss, and long
 
@@ -50,23 +50,21 @@ def token_losses(model, tokens, length, device, at_once=8192):
 
 def validation(checkpoint, folder):
     """-> validation tokens, bytes of each token of the vocabulary, tokenizer. Raises ValueError if they do not fit."""
-    if checkpoint["tokenizer"] is None:
-        raise ValueError(f"this checkpoint was trained on {checkpoint['corpus']}, not on text; it can be asked for --recall")
+    enc = tokenizer_of(checkpoint)
     _, tokens, fields, _ = prepare.load(folder or checkpoint["settings"]["data"])
     if fields != checkpoint["tokenizer"]:
         raise ValueError("--data was prepared with another tokenizer than the checkpoint's")
-    enc = prepare.load_tokenizer(fields)
     return tokens, np.array([len(piece) for piece in prepare.token_strings(enc)]), enc
 
 
 def measure_loss(model, checkpoint, folder, device):
     tokens, sizes, _ = validation(checkpoint, folder)
     context = checkpoint["settings"]["context"]
+    n = (len(tokens) - 1) // max(context, 1) * context
+    if n <= 0:
+        raise ValueError(f"the validation text has {len(tokens)} tokens, fewer than the {context} of the training context")
     nats, bits = evaluate(model, tokens, context, sizes, device, contextlib.nullcontext)
     model.eval()
-    n = (len(tokens) - 1) // context * context
-    if n == 0:
-        raise ValueError(f"the validation text has {len(tokens)} tokens, fewer than the {context} of the training context")
     whole = torch.from_numpy(tokens[:n + 1].astype(np.int64))
     by_position = token_losses(model, whole, context, device).view(-1, context).mean(0)
     edges = [0] + [2**i for i in range(3, 40) if 2**i < context] + [context]
@@ -329,7 +327,7 @@ def save_figure(path, result):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Measure a trained model.", allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"eval.py: error: {message}; --help lists the options\n")
+    p.error = lambda message: p.exit(2, f"eval.py: error: {prepare.one_line(message)}; --help lists the options\n")
     p.add_argument("checkpoint", metavar="CHECKPOINT")
     p.add_argument("--loss", action="store_true", help="loss on the validation text (default, if nothing else is asked)")
     p.add_argument("--long", type=int, metavar="N", help="loss up to N times the training length")
@@ -364,8 +362,8 @@ def main(argv=None):
             a.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
         if a.figure:
             save_figure(a.figure, result)
-    except (ValueError, OSError) as e:
-        sys.exit(f"eval.py: error: {e}")
+    except (ValueError, OSError, RuntimeError) as e:    # RuntimeError: too little memory
+        sys.exit(f"eval.py: error: {prepare.one_line(e)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

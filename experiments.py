@@ -20,6 +20,8 @@ import threading
 import time
 from pathlib import Path
 
+from data.prepare import one_line
+
 HERE = Path(__file__).resolve().parent
 LINES, OUT = HERE / "results/experiments.jsonl", Path("out-experiments")
 
@@ -193,7 +195,10 @@ def main(argv=None):
     p.add_argument("what", choices=("list", "run", "report"))
     p.add_argument("names", nargs="*", help="how the names of those to run begin")
     p.add_argument("--jobs", type=int, default=max(os.cpu_count() or 1, 1), help="how many at a time (default: one per core)")
+    p.error = lambda message: p.exit(2, f"experiments.py: error: {one_line(message)}; --help lists the options\n")
     a = p.parse_args(argv)
+    if not 1 <= a.jobs <= 1024:
+        p.error(f"--jobs must be from 1 to 1024, not {a.jobs}")
     if a.what == "list":
         for name, command in experiments().items():
             print(f"{name:32} {command}")

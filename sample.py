@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from data.prepare import load_tokenizer, token_strings
-from train import load_checkpoint, model_from, pick_device, save_checkpoint
+from data.prepare import encode, one_line, printable, token_strings
+from train import check_state, load_checkpoint, model_from, pick_device, save_checkpoint, tokenizer_of
 
 STATE = "fmem state 1"
 
@@ -30,11 +30,6 @@ def read_prompt(prompt):
     return raw.decode("utf-8", "replace")
 
 
-def printable(text):
-    """Control characters replaced, so that no text can steer the terminal it is printed on."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def stream(model, enc, prompt, device, seed, before=None, **choice):
     """Print the prompt and what follows, whole characters at a time. Returns (tokens made, seconds for them, what to go on
     from). before: what an earlier call returned to go on from."""
@@ -46,9 +41,9 @@ def stream(model, enc, prompt, device, seed, before=None, **choice):
         generator.set_state(before["generator"].cpu())
         if not prompt:
             decoder.setstate((bytes(before["held"]), 0))
-    tokens, pieces = [token] + enc.encode_ordinary(prompt), token_strings(enc)
+    tokens, pieces = torch.tensor([token, *encode(enc, prompt).tolist()]), token_strings(enc)
     print(printable(prompt), end="", flush=True)
-    texts = model.generate(torch.tensor([tokens], device=device), generator=generator, state=state, **choice)
+    texts = model.generate(tokens[None].to(device), generator=generator, state=state, **choice)
     made, start = 0, None
     while True:
         try:
@@ -76,9 +71,26 @@ def fingerprint(model):
     return total.hexdigest()
 
 
+def load_state(path, model, device):
+    """What `stream` returned, from a file of --save-state. Raises ValueError, one line, if it is none of this model."""
+    before = load_checkpoint(path, device, STATE, "sample.py --save-state")
+    if before.get("model") != fingerprint(model):
+        raise ValueError(f"{path} is of another model")
+    try:
+        if type(before["token"]) is not int or not 0 <= before["token"] < model.config.vocab_size:
+            raise ValueError("its token is none of the vocabulary")
+        torch.Generator(device).set_state(before["generator"].cpu())
+        codecs.getincrementaldecoder("utf-8")(errors="replace").setstate((bytes(before["held"]), 0))
+        state = before["state"]
+    except Exception as e:                              # whatever the fields are, if not what they should be
+        raise ValueError(f"{path} does not hold a state of this model: {one_line(e)}") from None
+    check_state(model, state, torch.tensor([before["token"]], device=device), path)
+    return before
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description="Write text with a trained model.", allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"sample.py: error: {message}; --help lists the options\n")
+    p.error = lambda message: p.exit(2, f"sample.py: error: {one_line(message)}; --help lists the options\n")
     p.add_argument("--checkpoint", metavar="FILE", help="default: out/best.pt, else out/last.pt")
     p.add_argument("--prompt", default="", help="text to continue, FILE:path, or - for standard input (default: none)")
     p.add_argument("--num_samples", type=int, default=1, help="texts to write (default: 1)")
@@ -106,16 +118,10 @@ def main(argv=None):
         path = Path(a.checkpoint) if a.checkpoint else best if best.exists() else best.with_name("last.pt")
         device, why = pick_device(a.device)
         checkpoint = load_checkpoint(path, device)
-        if checkpoint["tokenizer"] is None:
-            raise ValueError(f"{path} was trained on {checkpoint['corpus']}, not on text; "
-                             f"python eval.py {path} --recall tests it")
-        model, enc = model_from(checkpoint, device, scan="auto"), load_tokenizer(checkpoint["tokenizer"])
-        print(f"{path}: step {checkpoint['step']}, trained on {checkpoint['corpus']}; device {device} ({why})\n", file=sys.stderr)
-        prompt, before = read_prompt(a.prompt), None
-        if a.load_state:
-            before = load_checkpoint(a.load_state, device, STATE, "sample.py --save-state")
-            if before["model"] != fingerprint(model):
-                raise ValueError(f"{a.load_state} is of another model than {path}")
+        enc, model = tokenizer_of(checkpoint), model_from(checkpoint, device, scan="auto")
+        about = f"{path}: step {checkpoint['step']}, trained on {checkpoint['corpus']}; device {device} ({why})"
+        print(printable(about) + "\n", file=sys.stderr)
+        prompt, before = read_prompt(a.prompt), a.load_state and load_state(a.load_state, model, device)
         made = seconds = 0
         for i in range(a.num_samples):
             n, t, after = stream(model, enc, prompt, device, a.seed + i, before, max_new_tokens=a.max_new_tokens,
@@ -126,8 +132,8 @@ def main(argv=None):
             save_checkpoint({"format": STATE, "model": fingerprint(model), **after}, a.save_state)
         if made > 0:
             print(f"{made / seconds:.0f} tokens/s, the prompt not counted", file=sys.stderr)
-    except (ValueError, OSError) as e:
-        sys.exit(f"sample.py: error: {e}")
+    except (ValueError, OSError, RuntimeError) as e:    # RuntimeError: weights that lead to infinity, too little memory
+        sys.exit(f"sample.py: error: {one_line(e)}")
     except KeyboardInterrupt:
         print()
         sys.exit(130)

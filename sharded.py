@@ -137,5 +137,5 @@ def everywhere(work, what):
     flag = torch.tensor(float(failed is not None), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flag)
     if flag.item():
-        why = (str(failed).strip() or type(failed).__name__).splitlines()[-1][:300] if failed else "another process could not"
-        raise OSError(f"{what}: {why}")
+        why = str(failed).strip().splitlines()[-1:] if failed else ["another process could not"]
+        raise OSError(f"{what}: {''.join(why) or type(failed).__name__}")

@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import prepare, recall
-from fmem import FMem, FMemConfig, choose_scan
+from fmem import FMem, FMemConfig, choose_scan, copy_state
 
 HERE = Path(__file__).resolve().parent
 
@@ -132,7 +132,7 @@ def parse(argv):
     kinds = {int: number(int), float: number(float), str: str, int | None: optional(int), float | None: optional(float)}
     p = argparse.ArgumentParser(usage="python train.py [--name value ...]", allow_abbrev=False,
                                 argument_default=argparse.SUPPRESS, description=__doc__.splitlines()[0])
-    p.error = lambda message: p.exit(2, f"train.py: error: {message}\n")
+    p.error = lambda message: p.exit(2, f"train.py: error: {prepare.one_line(message)}\n")
     for f in dataclasses.fields(Settings):
         shown = f.default
         if shown == "preset":
@@ -321,6 +321,22 @@ def save_checkpoint(checkpoint, path):
         tmp.unlink(missing_ok=True)
 
 
+CONTENT = {"config": dict, "settings": dict, "tokenizer": dict | None, "corpus": str, "step": int, "best": float,
+           "seconds": float}
+
+
+def check_content(checkpoint):
+    """Raises ValueError if what is beside the weights is not what `train` saves."""
+    for name, kind in CONTENT.items():
+        if not isinstance(checkpoint.get(name, ...), kind):
+            raise ValueError(f"it has no {name}, or one of another kind")
+    kinds = {f.name: f.type | int if f.type is float else f.type for f in dataclasses.fields(Settings)}
+    wrong = [name for name, value in checkpoint["settings"].items() if not isinstance(value, kinds.get(name, ()))]
+    if wrong or not {"context", "data"} <= checkpoint["settings"].keys():
+        what = ", ".join(map(str, wrong)) or "some are missing"
+        raise ValueError(f"its settings are not those of this version of train.py ({what})")
+
+
 def load_checkpoint(path, device="cpu", form=FORMAT, maker="train.py"):
     """The dict that `train` saved; no code in the file is run. Raises ValueError, one line, if it is not that."""
     try:
@@ -330,11 +346,13 @@ def load_checkpoint(path, device="cpu", form=FORMAT, maker="train.py"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if checkpoint.get("format") != form:
             raise ValueError(f"not written by this version of {maker}")
+        if form == FORMAT:
+            check_content(checkpoint)
         return checkpoint
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; python {maker} makes one") from None
     except Exception as e:                              # a damaged or hostile file can make a reader raise anything
-        raise ValueError(f"{path} cannot be read as a checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read as a checkpoint: {prepare.one_line(e)}") from None
 
 
 def model_from(checkpoint, device, **changes):
@@ -343,11 +361,36 @@ def model_from(checkpoint, device, **changes):
     Raises ValueError, one line, if the checkpoint's parts do not make one.
     """
     try:
-        model = FMem(FMemConfig(**{**checkpoint["config"], **changes})).to(device)
-        model.load_state_dict(checkpoint["model"])
+        config, weights = FMemConfig(**{**checkpoint["config"], **changes}), checkpoint["model"]
+        if not all(torch.isfinite(weight).all() for weight in weights.values()):
+            raise TypeError("a weight is not a finite number")
+        if 2 * config.n_parameters() > sum({w.data_ptr(): w.untyped_storage().nbytes() for w in weights.values()}.values()):
+            raise TypeError(f"its config asks for {config.n_parameters():,} parameters, which it does not have")
+        model = FMem(config).to(device)
+        model.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"the checkpoint does not hold a model: {str(e).strip().splitlines()[0]}") from None
+        raise ValueError(f"the checkpoint does not hold a model: {prepare.one_line(e)}") from None
     return model.eval()
+
+
+@torch.no_grad()
+def check_state(model, state, tokens, path):
+    """Raises ValueError if `state`, out of the file `path`, is none that the model can go on from with tokens [B]."""
+    try:
+        if not torch.isfinite(model(tokens, None if state is None else copy_state(state))[0]).all():
+            raise ValueError("it leads to what is no number")
+    except Exception as e:                              # whatever a state of another shape makes the model raise
+        raise ValueError(f"{path} does not hold a state of this model: {prepare.one_line(e)}") from None
+
+
+def tokenizer_of(checkpoint):
+    """The tiktoken.Encoding in a checkpoint. Raises ValueError if there is none that goes with the model."""
+    if checkpoint["tokenizer"] is None:
+        raise ValueError(f"the checkpoint was trained on {checkpoint['corpus']}, not on text; eval.py --recall tests it")
+    enc, n = prepare.load_tokenizer(checkpoint["tokenizer"]), checkpoint["config"].get("vocab_size")
+    if enc.n_vocab != n:
+        raise ValueError(f"the checkpoint's tokenizer has {enc.n_vocab} tokens, its model {n}")
+    return enc
 
 
 # --------------------------------------------------------------------------------------------------------- the training
@@ -361,6 +404,18 @@ def make_optimizer(model, s, device):
     if router:
         groups.append({"params": [p for p in model.parameters() if id(p) in router], "weight_decay": s.weight_decay})
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=device.type in ("cuda", "cpu"))
+
+
+def load_moments(optimizer, saved):
+    """What AdamW has learnt, from its state_dict; rates and decays stay those of the settings. Raises ValueError and others."""
+    groups = optimizer.state_dict()["param_groups"]
+    if [list(g["params"]) for g in saved["param_groups"]] != [g["params"] for g in groups]:
+        raise ValueError("its parameters are grouped in another way (--router_lr)")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for p, state in optimizer.state.items():
+        fits = all(state[name].shape == shape for name, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())))
+        if not fits or not all((value >= 0).all() and value.isfinite().all() for value in (state["step"], state["exp_avg_sq"])):
+            raise ValueError("the optimiser's moments do not fit the weights")
 
 
 def learning_rate(s, step, progress):
@@ -469,7 +524,7 @@ def train(given):
 
     def say(*words, **how):
         if rank == 0:
-            print(*words, **how, flush=True)
+            print(*(prepare.printable(str(word)) for word in words), **how, flush=True)
 
     torch.set_flush_denormal(True)                      # sharp routing makes denormal decays, 3.5 times slower on a CPU
     out = Path(given.get("out", Settings.out))
@@ -530,7 +585,10 @@ def train(given):
     step, elapsed_before, best = 0, 0.0, math.inf
     if checkpoint:
         same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("scan", "dropout", "chunk_size")}
-        before = dataclasses.asdict(FMemConfig(**checkpoint["config"]))             # with fields that are younger than it
+        try:
+            before = dataclasses.asdict(FMemConfig(**checkpoint["config"]))         # with fields that are younger than it
+        except TypeError as e:
+            raise ValueError(f"--resume: {last} is of another version of fmem.py: {e}") from None
         differs = [k for k in same if before[k] != same[k]]
         if differs or checkpoint["tokenizer"] != fields:
             what = f"--{differs[0]}" if differs else "the tokenizer of --data"
@@ -547,8 +605,11 @@ def train(given):
     if checkpoint and s.fsdp:
         sharded().load(folder, model, optimizer)
     elif checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            load_moments(optimizer, checkpoint["optimizer"])
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as e:
+            raise ValueError(f"--resume: {last} is not whole: {prepare.one_line(e)}") from None
 
     def amp():
         return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
@@ -572,10 +633,13 @@ def train(given):
             path.unlink(missing_ok=True)                # a step-N folder without run.pt goes with the first one saved
     log = Log(out / "log.csv", step) if rank == 0 else None
     start = last_time = time.perf_counter()
-    states = checkpoint.get("states") if checkpoint else None       # of --carry_state, one per part of the batch
+    states = None                                                   # of --carry_state, one per part of the batch
     if s.carry_state:
-        fits = states is not None and len(states) == local // micro
-        states = detached(states, device) if fits else [None] * (local // micro)
+        states, kept = [None] * (local // micro), checkpoint and checkpoint.get("states")
+        if isinstance(kept, list) and len(kept) == len(states):     # else they start anew: --micro_batch is another
+            states = detached(kept, device)
+            for state in states:
+                check_state(model, state, torch.zeros(micro, dtype=torch.long, device=device), last)
     smooth, pending, last_step, skipped, in_a_row, saved_at = None, [], step, 0, 0, step if checkpoint else None
 
     def snapshot(**weights):
@@ -744,7 +808,7 @@ def write_sample(model, enc, n, device):
     prompt = torch.tensor([[enc.eot_token]], device=device)
     pieces = prepare.token_strings(enc)
     text = b"".join(pieces[token.item()] for token in model.generate(prompt, n, 0.8, top_p=0.95, generator=generator))
-    print("sample    " + text.decode("utf-8", "replace").replace("\n", "\n          "), flush=True)
+    print("sample    " + prepare.printable(text.decode("utf-8", "replace")).replace("\n", "\n          "), flush=True)
 
 
 def say_and_end(message):
@@ -760,7 +824,7 @@ def main(argv=None):
     try:
         train(given)
     except (ValueError, OSError) as e:
-        sys.exit(f"train.py: error: {e}")
+        sys.exit(f"train.py: error: {prepare.one_line(e)}")
     except (MemoryError, RuntimeError) as e:
         if dist.is_available() and dist.is_initialized() and re.search("gloo|nccl|peer|socket", str(e), re.IGNORECASE):
             say_and_end(f"another process of this run has ended ({str(e).strip().splitlines()[-1][:200]}); "

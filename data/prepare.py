@@ -60,6 +60,16 @@ class DataError(ValueError):
     """Text, tokens or a tokenizer that cannot be used; the message is one line that says what to do."""
 
 
+def printable(text, keep="\n\t"):
+    """Control characters replaced, so that no text, name or message can steer the terminal it is printed on."""
+    return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def one_line(error):
+    """What an exception says, in one line that can be printed."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], "")[:400]
+
+
 # ------------------------------------------------------------------------------------------------------ the tokenizer
 
 # GPT-2's way to cut text into words before the merges: contractions, letters, digits, signs, spaces.
@@ -125,6 +135,9 @@ def dump_tokenizer(enc):
     return {"name": enc.name, "pat_str": enc._pat_str, "special_tokens": dict(enc._special_tokens), "ranks": ranks}
 
 
+PROBE = "It's a\r\n\ttext, it'll   do:  12345 \x00\x1b ünï 東京 🙂 e\u0301 \U0010ffff" + "a" * 100 + " " * 100 + "x!" * 50 + "  "
+
+
 def load_tokenizer(fields):
     """The tiktoken.Encoding of what `dump_tokenizer` returned. Raises DataError on anything else."""
     try:
@@ -135,11 +148,13 @@ def load_tokenizer(fields):
             raise ValueError("two tokens have one number, or a number is out of range")
         if not all(bytes([b]) in ranks for b in range(256)) or EOT not in fields["special_tokens"]:
             raise ValueError(f"a single byte or {EOT} has no token")
+        words = [m[0] for m in regex.finditer(fields["pat_str"], PROBE, timeout=1)]    # a bad one hangs tiktoken, or panics
+        if "".join(words) != PROBE or "" in words:
+            raise ValueError("its pattern does not cut every text into words")
         return tiktoken.Encoding(fields["name"], pat_str=fields["pat_str"], mergeable_ranks=ranks,
                                  special_tokens=fields["special_tokens"])
     except Exception as e:                              # tiktoken raises whatever its Rust part raises
-        why = str(e).splitlines()[0][:200] if str(e) else "no reason given"
-        raise DataError(f"the tokenizer is damaged ({type(e).__name__}: {why}); prepare the data again") from None
+        raise DataError(f"the tokenizer is damaged ({type(e).__name__}: {one_line(e)}); prepare the data again") from None
 
 
 def tokenizer_hash(fields):
@@ -482,7 +497,7 @@ def read_jsonl(source, field):
             except (KeyError, TypeError, IndexError):
                 raise DataError(f"{source.path} line {number} has no text in a field {field}; --field names the field") from None
             except (ValueError, RecursionError, EOFError, OSError, zlib.error) as e:
-                raise DataError(f"{source.path} line {number} cannot be read: {str(e)[:200]}") from None
+                raise DataError(f"{source.path} line {number} cannot be read: {one_line(e)}") from None
             source.done = raw.tell() / size
             yield [text]
 
@@ -503,8 +518,7 @@ def read_parquet(source, field):
                     source.done = rows / f.metadata.num_rows
                     yield [text]
     except (pyarrow.ArrowException, ValueError, IndexError, KeyError, OSError) as e:
-        why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-        raise DataError(f"{source.path} cannot be read as .parquet with a column {field}: {why}; --field names it") from None
+        raise DataError(f"{source.path} cannot be read as .parquet with a column {field} (--field): {one_line(e)}") from None
 
 
 READERS = {".txt": read_text, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".parquet": read_parquet}
@@ -655,8 +669,7 @@ def make_tokenizer(name, texts, vocab_size):
         try:
             return tiktoken.get_encoding(name)
         except Exception as e:                          # unknown name, no network, damaged cache: tiktoken raises all sorts
-            reason = str(e).splitlines()[0][:200]
-            raise DataError(f"--tokenizer {name}: tiktoken cannot load it ({type(e).__name__}: {reason}); "
+            raise DataError(f"--tokenizer {name}: tiktoken cannot load it ({type(e).__name__}: {one_line(e)[:200]}); "
                             f"--tokenizer bpe needs no download") from None
     ranks = train_bpe(texts, vocab_size)
     return tiktoken.Encoding(f"bpe{len(ranks)}", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
@@ -718,7 +731,7 @@ def prepare(out=HERE / "default", documents=None, val_names=None, corpus=None, t
     if isinstance(documents, dict):
         documents = [Source(name, text=text) for name, text in documents.items() if text]
     splits, total = split(documents, val_names), sum(source.size for source in documents)
-    print(f"data: {corpus}, {len(documents):,} files, {total:,} bytes", flush=True)
+    print(printable(f"data: {corpus}, {len(documents):,} files, {total:,} bytes"), flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     work, old = out.parent / f".{out.name}.part", out.parent / f".{out.name}.old"
     plan = [[source.identity() for source in sources] for sources, _ in splits.values()]
@@ -812,7 +825,7 @@ def write_folder(work, splits, corpus, tokenizer, vocab_size, field, workers, sh
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Prepare a corpus for train.py.", allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"data/prepare.py: error: {message}; --help lists the options\n")
+    p.error = lambda message: p.exit(2, f"data/prepare.py: error: {one_line(message)}; --help lists the options\n")
     p.add_argument("--input", nargs="+", metavar="PATH", help=f"files, and folders of files that end with {', '.join(READERS)} "
                    "(default: Shakespeare)")
     p.add_argument("--val", nargs="+", metavar="PATH", help="files and folders to validate on (default: a tenth of the input)")
@@ -850,10 +863,10 @@ def main(argv=None):
         prepare(out, documents, val and {source.name for source in val}, corpus, a.tokenizer, a.vocab_size, a.overwrite, a.field,
                 a.workers, a.shard_tokens)
     except (DataError, OSError) as e:
-        sys.exit(f"data/prepare.py: error: {e}")
+        sys.exit(f"data/prepare.py: error: {one_line(e)}")
     except KeyboardInterrupt:
         sys.exit("data/prepare.py: interrupted; the same command goes on with what is done")
-    print(f"data: ready; python train.py{'' if out == HERE / 'default' else f' --data {out}'}")
+    print(printable(f"data: ready; python train.py{'' if out == HERE / 'default' else f' --data {out}'}"))
 
 
 if __name__ == "__main__":
