@@ -12,17 +12,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from data.prepare import file_hash
 
+ROUTER = "W_alpha", "w_eta", "w_mu"                     # computed in float32 always
 
-def shard(model, device):
-    """Split a model that every process has built alike: each keeps its part, on `device`. Returns the same model."""
+
+def shard(model, device, dtype=torch.float32):
+    """Split a model that every process has built alike: each keeps its part, on `device`. Returns the same model.
+
+    Under autocast to bf16 the matrices come together in bf16. Autocast's own copies would all be kept for the backward pass:
+    the whole model in every process.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
+        for name, module in block.named_modules() if dtype != torch.float32 else ():
+            if isinstance(module, nn.Linear) and name.split(".")[-1] not in ROUTER:
+                fully_shard(module, mesh=mesh, mp_policy=narrow)
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)                # what is left: embedding, last norm, output layer
 
@@ -56,9 +67,12 @@ def save(out, step, model, optimizer, write_run, keep=lambda step: False):
     write_run(path): writes run.pt, called in the first process. Raises OSError in all of them.
     """
     folder, rank = Path(out) / f"step-{step}", dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    everywhere(lambda: folder.mkdir(exist_ok=True), f"cannot write {folder}")
+
+    def begin():
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+    everywhere(begin, f"cannot write {folder}")
     everywhere(lambda: dcp.save(tensors(model, optimizer), checkpoint_id=folder), f"cannot write {folder}")
 
     def sums():

@@ -600,7 +600,7 @@ def train(given):
                          f"{room / 2**30:.0f} GB; try a smaller --d_model, --n_layer, --n_rows or --d_mlp")
     torch.manual_seed(s.seed)
     model = FMem(config)                                # alike in every process, before it is split
-    model = sharded().shard(model, device) if s.fsdp else model.to(device)
+    model = sharded().shard(model, device, dtype) if s.fsdp else model.to(device)
     optimizer = make_optimizer(model, s, device)
     if checkpoint and s.fsdp:
         sharded().load(folder, model, optimizer)
