@@ -1615,6 +1615,38 @@ def test_no_mutation_of_a_checkpoint_in_parts_loads_to_something_else(alone, tmp
     assert not Evil.ran
 
 
+def kept_for_backward(n_layer, T, d_model):
+    """Bytes that autograd keeps, but for the parameters themselves, under autocast to bf16."""
+    model, kept = FMem(FMemConfig(vocab_size=1000, n_layer=n_layer, d_model=d_model, n_rows=64, k_rows=8)), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor     # alive, so that no address comes twice
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(torch.zeros(1, T, dtype=torch.long))
+    del out
+    return sum(size for size, _ in kept.values())
+
+
+def test_the_plan_for_larger_models_adds_up():
+    """docs/scaling.md: its code prints its tables, and the bytes kept per token and layer are those of the code (to 2 %)."""
+    page = (HERE / "docs/scaling.md").read_text(encoding="utf-8")
+    code, = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "scaling.md", "exec"), {})
+    lines = printed.getvalue().splitlines()
+    assert len(lines) == 8 and all(line in page for line in lines), printed.getvalue()
+    bytes_per_token = (kept_for_backward(2, 512, 512) - kept_for_backward(1, 512, 512)
+                       - kept_for_backward(2, 256, 512) + kept_for_backward(1, 256, 512)) / 256
+    said = float(re.search(r"^\| 512 \| ([\d,]+) \|", page, flags=re.M)[1].replace(",", ""))
+    assert bytes_per_token == pytest.approx(said, rel=0.02)
+
+
 def test_fsdp_says_what_is_wrong(corpus, run20, tmp_path):
     with pytest.raises(ValueError, match="start them with torchrun"):
         train_py.train(settings(corpus, tmp_path / "out", fsdp=True))
