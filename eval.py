@@ -11,7 +11,6 @@ same machine. Needs the checkpoint and, but for tasks, the prepared data it was 
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -359,7 +358,7 @@ def main(argv=None):
         if a.routing:
             result["routing"] = measure_routing(model, checkpoint, a.data, device, a.tokens)
         if a.json:
-            a.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            prepare.write_json(a.json, result)
         if a.figure:
             save_figure(a.figure, result)
     except (ValueError, OSError, RuntimeError) as e:    # RuntimeError: too little memory

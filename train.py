@@ -468,11 +468,14 @@ class Log:
         if step and path.is_file():
             with open(path, newline="", encoding="utf-8") as f:     # a row that a kill cut short has columns of None
                 self.rows = [row for row in csv.DictReader(f) if None not in row.values() and int(row["step"]) <= step]
-        with open(kept, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(kept, path)
+        try:
+            with open(kept, "w", newline="", encoding="utf-8") as f:
+                writer = csv.DictWriter(f, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
+            os.replace(kept, path)
+        finally:
+            kept.unlink(missing_ok=True)
         self.file = open(path, "a", newline="", encoding="utf-8")   # noqa: SIM115 (open for the whole run)
         self.writer = csv.DictWriter(self.file, self.columns, lineterminator="\n")
 

@@ -677,12 +677,15 @@ def make_tokenizer(name, texts, vocab_size):
 
 def write_json(path, value):
     """Whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8", newline="\n") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    tmp = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(tmp, "w", encoding="utf-8", newline="\n") as f:
+            json.dump(value, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -726,13 +729,16 @@ def prepare(out=HERE / "default", documents=None, val_names=None, corpus=None, t
         raise DataError(f"{out} is a file; --out names a folder")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise DataError(f"{out} exists already; --overwrite replaces it, --out DIR writes elsewhere")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):              # now, not after the work
+        raise DataError(f"{out.parent} cannot be written to; python data/prepare.py --out DIR writes elsewhere, "
+                        f"python train.py --data DIR reads it there")
     if documents is None:
         documents, val_names, corpus = default_corpus()
     if isinstance(documents, dict):
         documents = [Source(name, text=text) for name, text in documents.items() if text]
     splits, total = split(documents, val_names), sum(source.size for source in documents)
     print(printable(f"data: {corpus}, {len(documents):,} files, {total:,} bytes"), flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
     work, old = out.parent / f".{out.name}.part", out.parent / f".{out.name}.old"
     plan = [[source.identity() for source in sources] for sources, _ in splits.values()]
     plan = hashlib.sha256(json.dumps([plan, field, tokenizer, vocab_size, shard_tokens, PIECE]).encode()).hexdigest()
