@@ -471,6 +471,45 @@ def reach(done, bench):
     return table(["", "asked", "reached"], rows)
 
 
+def survives(did):
+    """What the tests of endurance did at full length: the table of the README's section."""
+    def count(*names, what="mutations"):
+        return f"{sum(did[name][what] for name in names):,}"
+
+    damaged = "mutations_checkpoint", "mutations_state", "mutations_in_parts", "mutations_data", "mutations_corpora"
+    wrong = "wrong_content_sample", "wrong_content_eval", "wrong_content_resume", "wrong_content_state"
+    killed, prepared, large, agree = did["killed"], did["prepare_killed"], did["prepare_large"], did["step_and_chunks"]
+    longest = [name for name in did if name.startswith("long_prompt_")]
+    rows = [
+        ["training killed (SIGKILL) at random moments, a checkpoint after every step",
+         f"{killed['kills']} kills, {killed['half']} while a checkpoint was half written",
+         "resumed each time; weights, optimiser and log as without, bit for bit"],
+        ["data/prepare.py killed", f"{prepared['kills']} kills, {prepared['resumed']} with finished files to go on from",
+         "the same bytes as without"],
+        ["bits turned, pieces lost, zeroed, doubled or put in: checkpoints, checkpoints in parts, states, prepared folders, corpora",
+         f"{count(*damaged)} files", f"{count(*damaged, what='refused')} refused in one line, the others loaded to the same, or as text"],
+        ["whole files with wrong content (fields, shapes, NaN, sizes), for sample.py, eval.py, --resume, --load-state",
+         f"{count(*wrong, what='files')} files", f"{count(*wrong, what='refused')} refused in one line, the others worked"],
+        ["prepared folders changed and signed anew with right checksums", f"{count('mutations_data_resigned')} folders",
+         f"{count('mutations_data_resigned', what='refused')} refused in one line, the others read"],
+        ["prompts of any bytes: control sequences, half characters, lone surrogates", f"{did['prompts']['prompts']:,} prompts",
+         "answered; nothing printed can steer a terminal"],
+        ["prompts of 10 MB: text, one letter, spaces, no spaces, any bytes", f"{len(longest)} prompts", "answered"],
+        ["generation without end", f"{did['endless_generation']['tokens']:,} tokens",
+         f"memory grew by {did['endless_generation']['growth_percent']:.2f} %, all finite"],
+        ["reading without end", f"{did['endless_reading']['tokens']:,} tokens",
+         f"memory grew by {did['endless_reading']['growth_percent']:.2f} %, all finite"],
+        ["the same text step by step and in chunks, float32", f"{agree['tokens']:,} tokens",
+         f"logits differ by {agree['logits']:.0e}, states by {agree['state']:.0e}"],
+        ["a corpus of .txt, .jsonl and .jsonl.gz", f"{large['bytes'] / 1e9:.2f} GB, {large['workers']} cores",
+         f"{large['peak_mb']} MB of memory at most; {large['mb_per_second']:.1f} MB/s (tiktoken alone: "
+         f"{large['tiktoken_mb_per_second']:.1f})"],
+        ["one of two processes of torchrun killed, the model whole in each or split (--fsdp)",
+         f"resumed with {did['dead_process']['resumed_with']} and {did['dead_process--fsdp']['resumed_with']}",
+         "the run ends in one line; then the losses of one process, to rounding"]]
+    return table(["what", "how much", "what happened"], rows)
+
+
 START, END = "<!-- written by report.py -->\n", "<!-- end -->\n"
 
 
@@ -503,9 +542,12 @@ number of threads rounds differently and moves the third decimal.
             far = [100 * (run["rows"][-1]["position"] / run["base"] - 1) for run in runs]
             rows.append([NAMES[m], spread(over_seeds(done, f"short/{m}_{{}}", "bits_per_byte")), spread(far, 1)])
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    before, rest = readme.split(START)
-    body = "\n" + table(["", "bits per byte, context 256", "loss 128 times beyond the training length, %"], rows) + "\n"
-    return {HERE / "RESULTS.md": page, HERE / "README.md": before + START + body + END + rest.split(END)[1]}
+    tables = [table(["", "bits per byte, context 256", "loss 128 times beyond the training length, %"], rows),
+              survives(json.loads((HERE / "results/survives.json").read_text(encoding="utf-8")))]
+    text, *rest = readme.split(START)
+    for body, part in zip(tables, rest, strict=True):
+        text += START + "\n" + body + "\n" + END + part.split(END, 1)[1]
+    return {HERE / "RESULTS.md": page, HERE / "README.md": text}
 
 
 def main():

@@ -3,6 +3,7 @@
 The recurrence is held against the paper's equations written out in float64 (`reference`), everything faster against the
 loop, the programs against their own promises. Where a tolerance is not obvious its reason stands beside it.
 """
+import ast
 import contextlib
 import csv
 import dataclasses
@@ -56,8 +57,8 @@ HERE = Path(__file__).resolve().parent
 torch.set_flush_denormal(True)
 
 
-# FMEM_SLOW=1 runs the endurance tests at full length; what they did goes to results/survives.json and from there, with
-# report.py, into the README. Without it each runs a short form of itself.
+# FMEM_SLOW=1 python -m pytest -m slow runs the tests of endurance at full length; what they did goes to results/survives.json
+# and from there, with report.py, into the README. Without FMEM_SLOW each runs a short form of itself.
 SLOW = bool(os.environ.get("FMEM_SLOW"))
 
 
@@ -799,10 +800,12 @@ def endless_model():
 
 
 def flat(sizes):
-    """The largest growth over the first of `sizes`, as a share of it."""
-    return max(sizes) / sizes[0] - 1
+    """By how much the second half is larger than the first, as a share of it. (The peaks: an allocator breathes.)"""
+    half = len(sizes) // 2
+    return max(sizes[half:]) / max(sizes[:half]) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_endless_generation(capsys):
     """A million tokens with FMEM_SLOW, else 3,000: the memory of the process stays as it is, all numbers finite."""
@@ -821,6 +824,7 @@ def test_endless_generation(capsys):
     survived("endless_generation", tokens=n, growth_percent=round(100 * flat(sizes), 3), megabytes=sizes[0] >> 20)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_endless_reading():
     """Ten million tokens with FMEM_SLOW, else 100,000, in pieces of 4,096."""
@@ -836,6 +840,7 @@ def test_endless_reading():
     survived("endless_reading", tokens=(pieces + 1) * 4096, growth_percent=round(100 * flat(sizes), 3), megabytes=sizes[0] >> 20)
 
 
+@pytest.mark.slow
 def test_step_and_chunks_agree_after_a_long_text():
     """100,000 tokens with FMEM_SLOW, else 2,000: one at a time and 4,096 at a time, and the same in float64."""
     n, model = (10**5 if SLOW else 2000), endless_model()
@@ -1114,6 +1119,7 @@ def test_prepare_reads_every_kind_and_gives_the_same_bytes_for_any_workers(tmp_p
 PREPARE_KILLS = 30 if SLOW else 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
 def test_prepare_killed_at_any_moment(tmp_path, monkeypatch):
     """SIGKILL at random moments: the same command goes on, and ends with the bytes of a run that was never killed."""
@@ -1172,6 +1178,7 @@ def big_corpus(folder, size):
     return paragraphs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="the peak of a process's memory is measured with wait4")
 def test_prepare_a_corpus_larger_than_its_memory(tmp_path):
     """FMEM_SLOW: 2 GB of text in less than 1 GB of memory; else 20 MB."""
@@ -1273,13 +1280,14 @@ def run20(corpus, tmp_path_factory):
     return out, train_py.train(settings(corpus, out))
 
 
-# Ten training losses of the run above. They change only if the model, its initialisation, the data order or the
-# optimiser does; a new PyTorch may round otherwise, hence 1e-4.
-FIRST_LOSSES = [5.73475, 5.6936, 5.64409, 5.57082, 5.52288, 5.45325, 5.39634, 5.33837, 5.32275, 5.27641]
+# Ten training losses. They change only if the model, its initialisation, the data order or the optimiser does; a new PyTorch
+# may round otherwise, hence 1e-4. Without dropout, whose random numbers differ between versions of PyTorch.
+FIRST_LOSSES = [5.73879, 5.68521, 5.58876, 5.5535, 5.53525, 5.41731, 5.40571, 5.32003, 5.37472, 5.36832]
 
 
-def test_first_losses(run20):
-    losses = [loss for _, loss in log_rows(run20[0], "train_loss")][:10]
+def test_first_losses(corpus, tmp_path):
+    train_py.train(settings(corpus, tmp_path / "out", max_steps=10, dropout=0.0))
+    losses = [loss for _, loss in log_rows(tmp_path / "out", "train_loss")]
     assert losses == pytest.approx(FIRST_LOSSES, abs=1e-4)
 
 
@@ -1348,14 +1356,15 @@ def test_a_failed_save_keeps_the_last_checkpoint(run20, tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
 
-KILLS = int(os.environ.get("FMEM_KILLS", 4))
+KILLS = 100 if SLOW else 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
 def test_killed_at_any_moment(corpus, tmp_path):
     """SIGKILL at random moments, a checkpoint after every step, so that many hit one half-written: each life goes on where
-    the last one ended, and the weights at the end are those of a run that was never killed. FMEM_KILLS: how often."""
-    given = settings(corpus, tmp_path / "killed", eval_every=1, max_steps=25 * KILLS, eval_tokens=30)
+    the last one ended, and the weights at the end are those of a run that was never killed."""
+    given = settings(corpus, tmp_path / "killed", eval_every=1, max_steps=40 * KILLS, eval_tokens=30)
     code = f"""
 import os, random, signal, sys, time
 import train
@@ -1383,8 +1392,8 @@ while True:
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     status, kills, half = map(int, done.stdout.split())
-    print(f"{kills} kills, {half} of them with a checkpoint half written")
-    assert status == 0 and kills >= KILLS // 2, done.stderr
+    survived("killed", kills=kills, half=half)
+    assert status == 0 and (kills == KILLS or (not SLOW and kills >= KILLS // 2)), done.stderr
     whole = train_py.train({**given, "out": str(tmp_path / "whole")})
     last = train_py.load_checkpoint(tmp_path / "killed/last.pt")
     for part in ("model", "optimizer", "step", "best", "random"):
@@ -1471,6 +1480,7 @@ def mutated(whole, g):
 MUTATIONS = 1000 if SLOW else 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint", "state"])
 def test_no_mutation_of_a_checkpoint_loads_to_something_else(what, run20, tmp_path, capsys):
     """Bits turned, pieces lost, zeroed, doubled or put in: refused in one line, or, where nothing reads that byte, the same."""
@@ -1516,6 +1526,7 @@ def replaced(value, g):
     return g.choice(JUNK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["sample", "eval", "resume", "state"])
 def test_whole_files_with_wrong_content_get_one_line(program, run20, tmp_path, capsys, monkeypatch):
     """What no checksum can tell: files that are whole but were made by somebody else. They work, or get one line."""
@@ -1579,6 +1590,7 @@ def sharded_model(seed):
     return model, optimizer
 
 
+@pytest.mark.slow
 def test_no_mutation_of_a_checkpoint_in_parts_loads_to_something_else(alone, tmp_path):
     """Those of --fsdp: refused in one line, by the checksums; and code in PyTorch's table of contents, a pickle, does not run."""
     model, optimizer = sharded_model(1)
@@ -1613,6 +1625,8 @@ def test_no_mutation_of_a_checkpoint_in_parts_loads_to_something_else(alone, tmp
         with pytest.raises(OSError, match="which no checkpoint of ours does"):
             sharded.load(bad, other, moments)
     assert not Evil.ran
+    (folder / "run.pt").unlink()                        # as a kill before the end of `save` leaves it
+    assert sharded.newest(tmp_path) is None
 
 
 def kept_for_backward(n_layer, T, d_model):
@@ -1647,6 +1661,21 @@ def test_the_plan_for_larger_models_adds_up():
     assert bytes_per_token == pytest.approx(said, rel=0.02)
 
 
+def test_no_program_runs_what_a_file_says():
+    """No eval, exec or unpickling in the sources, but for the unpickler of sharded.py, which knows a list of names only."""
+    found = []
+    for path in [*HERE.glob("*.py"), *HERE.glob("data/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                if name in ("eval", "exec", "compile") or re.match("(pickle|marshal|shelve|dill|yaml)\\.", name) or (
+                        name == "torch.load" and options.get("weights_only") != "True") or "allow_pickle" in options:
+                    found.append((path.name, name))
+    assert {file for file, _ in found} <= {"test_fmem.py", "sharded.py"}
+    assert [name for file, name in found if file == "sharded.py"] == ["pickle.UnpicklingError"]
+
+
 def test_fsdp_says_what_is_wrong(corpus, run20, tmp_path):
     with pytest.raises(ValueError, match="start them with torchrun"):
         train_py.train(settings(corpus, tmp_path / "out", fsdp=True))
@@ -1655,6 +1684,7 @@ def test_fsdp_says_what_is_wrong(corpus, run20, tmp_path):
         train_py.train({"out": str(tmp_path / "run"), "resume": True, "fsdp": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resigned", [False, True])
 def test_no_mutation_of_the_data_loads_to_something_else(resigned, corpus, tmp_path):
     """resigned: with checksums that agree, as somebody would who means harm; then what loads can at least be worked with."""
@@ -1690,6 +1720,7 @@ def test_no_mutation_of_the_data_loads_to_something_else(resigned, corpus, tmp_p
     survived(f"mutations_data{'_resigned' * resigned}", mutations=i + 1, refused=i + 1 - outcomes["works"])
 
 
+@pytest.mark.slow
 def test_damaged_input_to_prepare_gets_one_line(tmp_path, capsys):
     zoo(tmp_path / "in", documents=8)
     g, outcomes = random.Random(0), Counter()
@@ -1869,6 +1900,7 @@ def test_processes_train_like_one(n, options, corpus, tmp_path):
     assert names == {"best.pt", "log.csv", "step-6" if options else "last.pt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, processes", [([], (2, 1)), (["--fsdp"], (2, 4))])
 def test_a_dead_process_ends_the_run_and_it_goes_on_with_another_number(options, processes, corpus, tmp_path):
     if options and not hasattr(torch.cpu.Stream, "record_event"):
@@ -1942,6 +1974,11 @@ def test_absurd_values_get_a_line_each(name, corpus, tmp_path, capsys, monkeypat
             said = e.code if isinstance(e.code, str) else capsys.readouterr().err.strip()
             assert said.startswith("train.py: error: ") and "\n" not in said and len(said) < 400, said
         capsys.readouterr()
+
+
+def test_options_are_taken_in_either_spelling():
+    assert train_py.parse(["--max-steps=7", "--d_model", "8", "--no-carry-state"]) == train_py.parse(
+        ["--max_steps", "7", "--d-model", "8", "--no-carry_state"]) == {"max_steps": 7, "d_model": 8, "carry_state": False}
 
 
 def test_compile_falls_back(corpus, tmp_path, monkeypatch, capsys):
@@ -2066,6 +2103,7 @@ def shown(capsys):
     return out, err
 
 
+@pytest.mark.slow
 def test_any_prompt_is_answered(run20, tmp_path, capsys, monkeypatch):
     """Any bytes, by file and by pipe, and lone surrogates, as the shell hands on what is no UTF-8."""
     g, n = random.Random(0), 1000 if SLOW else 60
@@ -2088,6 +2126,7 @@ def test_any_prompt_is_answered(run20, tmp_path, capsys, monkeypatch):
     survived("prompts", prompts=n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "spaces", "one letter", "any bytes", "no spaces"])
 def test_long_prompts(kind, run20, tmp_path, capsys):
     """Ten megabytes; 200 KB where FMEM_SLOW is not set."""
@@ -2869,6 +2908,7 @@ def test_readme_code_runs(run20, corpus, tmp_path, monkeypatch):
              "sample.py": ["--checkpoint", "out/best.pt", "--max_new_tokens", "3"],
              "prepare.py": ["--out", "prepared", "--overwrite", "--vocab_size", "260", "--input", "mine.txt"]}
     for i, words in enumerate(ours):
+        words = [w for w in words if w != "--fsdp"]     # needs its processes: test_processes_train_like_one
         at = next(j for j, w in enumerate(words) if w.endswith(".py"))
         script = Path(words[at]).name
         module = {"train.py": train_py, "sample.py": sample_py, "prepare.py": prepare}[script]

@@ -22,6 +22,7 @@ import difflib
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -142,7 +143,9 @@ def parse(argv):
             p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         else:
             p.add_argument(f"--{f.name}", type=kinds[f.type], metavar=getattr(f.type, "__name__", str(f.type)).upper(), help=text)
-    given, unknown = p.parse_known_args(argv)
+    dashed = {f"--{no}{f.name.replace('_', '-')}": f"--{no}{f.name}" for f in dataclasses.fields(Settings) for no in ("", "no-")}
+    words = (word.partition("=") for word in (sys.argv[1:] if argv is None else argv))
+    given, unknown = p.parse_known_args([dashed.get(name, name) + equals + value for name, equals, value in words])
     if unknown:
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, [f"--{f.name}" for f in dataclasses.fields(Settings)], 1)
@@ -161,6 +164,8 @@ def check(s):
     for name in ("seed", "warmup", "weight_decay", "sample_tokens"):
         if getattr(s, name) < 0:
             raise ValueError(f"--{name} must be at least 0, not {getattr(s, name)}")
+    if s.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2**63, not {s.seed}")
     for name, below in (("min_lr", 1.0000001), ("beta2", 1)):
         if not 0 <= getattr(s, name) < below:
             raise ValueError(f"--{name} must be from 0 to 1, not {getattr(s, name)}")
@@ -330,7 +335,7 @@ def check_content(checkpoint):
     for name, kind in CONTENT.items():
         if not isinstance(checkpoint.get(name, ...), kind):
             raise ValueError(f"it has no {name}, or one of another kind")
-    kinds = {f.name: f.type | int if f.type is float else f.type for f in dataclasses.fields(Settings)}
+    kinds = {f.name: f.type | int if isinstance(0.0, f.type) else f.type for f in dataclasses.fields(Settings)}
     wrong = [name for name, value in checkpoint["settings"].items() if not isinstance(value, kinds.get(name, ()))]
     if wrong or not {"context", "data"} <= checkpoint["settings"].keys():
         what = ", ".join(map(str, wrong)) or "some are missing"
@@ -633,7 +638,9 @@ def train(given):
 
     if s.overwrite and rank == 0:
         for path in [last, out / "best.pt", *out.glob("step-*.pt"), *out.glob("step-*/run.pt")]:
-            path.unlink(missing_ok=True)                # a step-N folder without run.pt goes with the first one saved
+            path.unlink(missing_ok=True)
+            if path.name == "run.pt":
+                shutil.rmtree(path.parent)
     log = Log(out / "log.csv", step) if rank == 0 else None
     start = last_time = time.perf_counter()
     states = None                                                   # of --carry_state, one per part of the batch
@@ -719,7 +726,7 @@ def train(given):
             for i, windows in enumerate(parts):
                 # gradients of several parts add up here before the processes exchange them
                 if s.fsdp:
-                    net.set_requires_gradient_sync(i == len(parts) - 1)
+                    model.set_requires_gradient_sync(i == len(parts) - 1)
                 with net.no_sync() if world > 1 and not s.fsdp and i < len(parts) - 1 else contextlib.nullcontext():
                     with amp():
                         logits, state = net(windows[:, :-1], states[i] if states else None)
