@@ -341,7 +341,7 @@ def launches(m: int, d: int, dtype: torch.dtype) -> dict:
                 mix_back=(mix_kernel, dict(small, d=d, BACKWARD=True)),
                 read=(read_kernel, dict(dots, BACKWARD=False)),
                 read_back=(read_kernel, dict(dots, BACKWARD=True, num_warps=8, num_stages=1)),
-                rows=(rows_kernel, dict(small, d=d)),
+                rows=(rows_kernel, dict(small, d=d, num_warps=8)),
                 carry=(carry_kernel, dict(m=m, BM=triton.next_power_of_2(m), num_warps=4)),
                 theta=(theta_kernel, dict(small, num_warps=8)))
 

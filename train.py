@@ -487,8 +487,13 @@ class Log:
     def write(self, **row):
         row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
-        self.writer.writerow(row)
-        self.file.flush()
+        try:
+            self.writer.writerow(row)
+            self.file.flush()
+        except OSError:
+            with contextlib.suppress(OSError):          # or Python tries again at its end, and complains again
+                self.file.close()
+            raise
 
     def draw(self, path):
         try:
