@@ -381,9 +381,15 @@ def model_from(checkpoint, device, **changes):
 @torch.no_grad()
 def check_state(model, state, tokens, path):
     """Raises ValueError if `state`, out of the file `path`, is none that the model can go on from with tokens [B]."""
+    def shapes(part):
+        return list(map(shapes, part)) if isinstance(part, (list, tuple)) else getattr(part, "shape", None)
+
     try:
-        if not torch.isfinite(model(tokens, None if state is None else copy_state(state))[0]).all():
+        logits, after = model(tokens, None if state is None else copy_state(state))
+        if not logits.isfinite().all():
             raise ValueError("it leads to what is no number")
+        if model.config.mixer != "attention" and shapes(after) != shapes(model(tokens)[1]):    # its state grows
+            raise ValueError("its shape is another")
     except Exception as e:                              # whatever a state of another shape makes the model raise
         raise ValueError(f"{path} does not hold a state of this model: {prepare.one_line(e)}") from None
 
