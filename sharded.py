@@ -26,8 +26,10 @@ def shard(model, device, dtype=torch.float32):
     """Split a model that every process has built alike: each keeps its part, on `device`. Returns the same model.
 
     Under autocast to bf16 the matrices come together in bf16. Autocast's own copies would all be kept for the backward pass:
-    the whole model in every process.
+    the whole model in every process. Raises ValueError where this PyTorch cannot do it.
     """
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ValueError(f"--fsdp on a CPU needs a newer PyTorch than {torch.__version__}")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:

@@ -1231,7 +1231,8 @@ def test_prepare_says_what_is_wrong(tmp_path, capsys):
              "half.txt": (b"caf\xc3", "not UTF-8 text .byte 3"),
              "null.parquet": (b"PAR1PAR1", parquet),
              "one.jsonl": (good.encode(), "no document is left for training"),
-             "two.jsonl": (good.encode() * 2, None), "empty": (None, "has no file"), "nothing": (None, "No such file")}
+             "two.jsonl": (good.encode() * 2, None), "empty": (None, "has no file"), "nothing": (None, "No such file"),
+             "/dev/null": (None, "neither a file nor a folder")}
     for name, (content, message) in cases.items():
         if content:
             (tmp_path / name).write_bytes(content)

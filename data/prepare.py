@@ -533,6 +533,8 @@ def find_sources(paths):
             files = sorted(f for f in path.rglob("*") if f.name.lower().endswith(tuple(READERS)) and f.is_file())
             if not files:
                 raise DataError(f"{path} has no file that ends with {', '.join(READERS)}")
+        elif path.exists() and not path.is_file():      # it is read more than once
+            raise DataError(f"{path} is neither a file nor a folder; save what comes out of a pipe to a file first")
         for file in files:
             with open(file, "rb") as f:                 # says now what cannot be opened
                 empty = not f.read(1)
