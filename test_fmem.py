@@ -2193,7 +2193,7 @@ def shown(capsys):
 @pytest.mark.slow
 def test_any_prompt_is_answered(run20, tmp_path, capsys, monkeypatch):
     """Any bytes, by file and by pipe, and lone surrogates, as the shell hands on what is no UTF-8."""
-    g, n = random.Random(0), 1000 if SLOW else 60
+    g, n, answered = random.Random(0), 1000 if SLOW else 60, 0
     start = ["--checkpoint", str(run20[0] / "best.pt"), "--max_new_tokens", "3", "--device", "cpu"]
     for i in range(n):
         raw = raw_text(g, g.choice([0, 1, 30, 1000]))
@@ -2210,7 +2210,9 @@ def test_any_prompt_is_answered(run20, tmp_path, capsys, monkeypatch):
         sample_py.main([*start, f"--prompt={prompt}", "--seed", str(i)])
         out, err = shown(capsys)
         assert "trained on a test corpus" in err and len(out) >= 1     # if the text does not end at once, also how fast
-    survived("prompts", prompts=n)
+        answered += 1
+    assert answered > 0.9 * n
+    survived("prompts", prompts=answered)
 
 
 @pytest.mark.slow
