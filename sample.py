@@ -7,6 +7,7 @@ has of a text, a file whose size does not grow either, and --load-state goes on 
 import argparse
 import codecs
 import hashlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -132,6 +133,9 @@ def main(argv=None):
             save_checkpoint({"format": STATE, "model": fingerprint(model), **after}, a.save_state)
         if made > 0:
             print(f"{made / seconds:.0f} tokens/s, the prompt not counted", file=sys.stderr)
+    except BrokenPipeError:                             # who reads the text has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError) as e:    # RuntimeError: weights that lead to infinity, too little memory
         sys.exit(f"sample.py: error: {one_line(e)}")
     except KeyboardInterrupt:
