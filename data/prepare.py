@@ -434,7 +434,8 @@ class Source:
 
     @property
     def size(self):
-        return self.path.stat().st_size if self.path else len(self.text)
+        """In bytes, as it lies on the disk."""
+        return self.path.stat().st_size if self.path else len(self.text.encode("utf-8", "replace"))
 
     def identity(self):
         """What tells whether the source is still the same."""
@@ -651,13 +652,15 @@ class Progress:
     def __init__(self, name, sources):
         self.name, self.sources, self.sizes = name, sources, [s.size for s in sources]
         self.start = self.last = time.perf_counter()
-        self.bytes, self.begun = 0, None
+        self.bytes, self.begun = 0, self.share()
+
+    def share(self):
+        return sum(n * s.done for n, s in zip(self.sizes, self.sources, strict=True)) / max(sum(self.sizes), 1)
 
     def __call__(self, size):
         now, self.bytes = time.perf_counter(), self.bytes + size
-        share = sum(n * s.done for n, s in zip(self.sizes, self.sources, strict=True)) / max(sum(self.sizes), 1)
-        self.begun = share if self.begun is None else self.begun
         if now - self.last >= 10:
+            share = self.share()
             speed, left = self.bytes / (now - self.start), (1 - share) / max(share - self.begun, 1e-9) * (now - self.start)
             print(f"data: {self.name} {share:.1%}, {self.bytes / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, {left:,.0f} s left",
                   flush=True)
@@ -782,6 +785,8 @@ def write_folder(work, splits, corpus, tokenizer, vocab_size, field, workers, sh
         fields = {**progress["tokenizer"], "ranks": ranks.read_text(encoding="ascii")}
         enc = load_tokenizer(fields)
     else:
+        if tokenizer == "bpe" and total > BPE_TEXT // 2:
+            print(f"data: the tokenizer is trained on at most {BPE_TEXT / 1e6:.0f} million characters, taken evenly", flush=True)
         enc = make_tokenizer(tokenizer, some_text(*splits["train"], field, total), vocab_size)
         fields = dump_tokenizer(enc)
         ranks.write_text(fields["ranks"], encoding="ascii", newline="\n")
@@ -809,9 +814,10 @@ def write_folder(work, splits, corpus, tokenizer, vocab_size, field, workers, sh
     meta = {"corpus": corpus, "tokenizer": progress["tokenizer"], "files": progress["files"]}
     with ThreadPoolExecutor(workers) as pool:
         for name, (sources, pick) in splits.items():
-            state, report = progress["splits"][name], Progress(name, sources)
-            for source in sources[:state["position"][0]]:
-                source.done = 1.0
+            state = progress["splits"][name]
+            for i, source in enumerate(sources):
+                source.done = float(i < state["position"][0])
+            report = Progress(name, sources)
             done = in_order(pool, tokenize, jobs(sources, pick, field, state["position"]), 2 * workers)
             while count := write_tokens(path := work / shard_name(name, len(state["counts"])), shard(done, state, report),
                                         enc.n_vocab, tokenizer_hash(fields)):
@@ -842,7 +848,8 @@ def main(argv=None):
     p.add_argument("--tokenizer", default="bpe", help="bpe: trained on the training split; or a name tiktoken knows, as gpt2")
     p.add_argument("--vocab_size", type=int, default=1024, help="tokens of the bpe, without <|endoftext|> (default: 1024)")
     p.add_argument("--workers", type=int, help="threads that tokenize (default: one per core); the result is the same")
-    p.add_argument("--shard_tokens", type=int, default=2**26, help="tokens per file, about (default: 2**26)")
+    p.add_argument("--shard_tokens", type=int, default=2**26,
+                   help="tokens per file, about; a run keeps every file open (default: 2**26)")
     p.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
     p.add_argument("--check", metavar="DIR", help="only compare a prepared folder with its checksums")
     a = p.parse_args(argv)
