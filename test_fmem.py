@@ -1826,6 +1826,18 @@ def test_damaged_input_to_prepare_gets_one_line(tmp_path, capsys):
     survived("mutations_corpora", mutations=MUTATIONS, refused=MUTATIONS - outcomes["works"])
 
 
+def test_tokenizers_with_impossible_numbers_are_refused(corpus):
+    fields = prepare.load(corpus)[2]
+    ranks, special = fields["ranks"], fields["special_tokens"]
+    named_twice = prepare.load_tokenizer({**fields, "special_tokens": {**special, "<|other|>": 300}})   # as o200k_harmony does
+    assert named_twice.n_vocab == 301 and prepare.encode(named_twice, EVERY_KIND).max() < 300
+    for wrong in ({**fields, "special_tokens": {**special, "<|other|>": 7}}, {**fields, "special_tokens": {prepare.EOT: 2**24}},
+                  {**fields, "special_tokens": {}}, {**fields, "ranks": ranks.replace(" 299\n", " 298\n")},
+                  {**fields, "ranks": ranks.replace("YQ== 97\n", "")}, {**fields, "ranks": ranks.replace(" 299\n", " -1\n")}):
+        with pytest.raises(prepare.DataError, match="the tokenizer is damaged"):
+            prepare.load_tokenizer(wrong)
+
+
 @pytest.mark.parametrize("pattern", ["", "a", "x*", "(", r"(a+)+$|(?s:.)", r"\w+", None, 5, "(?s:.{1,3})"])
 def test_hostile_tokenizer_patterns_are_refused_at_once(pattern, corpus):
     fields = {**prepare.load(corpus)[2], "pat_str": pattern}

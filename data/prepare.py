@@ -143,8 +143,8 @@ def load_tokenizer(fields):
     try:
         lines = (line.split() for line in fields["ranks"].splitlines())
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        numbers = [*ranks.values(), *fields["special_tokens"].values()]
-        if len(set(numbers)) < len(numbers) or not 0 <= min(numbers) <= max(numbers) < 2**24:
+        numbers, special = set(ranks.values()), set(fields["special_tokens"].values())     # o200k_harmony names one twice
+        if len(numbers) < len(ranks) or numbers & special or not all(0 <= n < 2**24 for n in numbers | special):
             raise ValueError("two tokens have one number, or a number is out of range")
         if not all(bytes([b]) in ranks for b in range(256)) or EOT not in fields["special_tokens"]:
             raise ValueError(f"a single byte or {EOT} has no token")
