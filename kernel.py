@@ -1,6 +1,6 @@
 """Triton kernels for the memory: the scan, forward and backward, and one step of generation, on NVIDIA GPUs from Ampere on.
 
-What is fused. `fmem.scan_loop` moves the whole memory [m, d] for every token: 2 m d numbers. Here a chunk of C = 64 tokens
+What is fused. A loop over the tokens moves the whole memory [m, d] for every token: 2 m d numbers. Here a chunk of C = 64 tokens
 moves it a fixed number of times (once written, twice read in the forward pass), x is read three times, y written once.
 Everything else has no d in it and is small. With B 8, T 4096, m 64, d 1024 in bf16 that is 0.5 GB instead of 17 GB.
 
@@ -15,26 +15,25 @@ with a = 1 - theta: C + 1 coefficients per row instead of d numbers. Given the i
     y_t = sum_i q_t F_t H + sum_s A_ts x_s,      A_ts = sum_i q_t E_t[s],      q_t = phi_t / sqrt(n_t / d + eps)
 
 No logarithm, no division: exact for every theta from 0 to 1. What has d in it are matrix products on the tensor cores.
-The gradients are those of `fmem.chunked_backward` (lambda, kappa, L), the division by a_t avoided in the same manner.
+The gradients are those of `chunked_backward` in fast/chunked.py (lambda, kappa, L), without its division by a_t.
 
 The order of this file: loads, forward kernels, backward kernels, the step, the operators, the checked functions. Symbols are
-those of fmem.py; D(t, s) is the product of a from s + 1 to t, D(C, s) that up to the chunk's end. Kernels get pointers to
-contiguous tensors; T and N = T / C are run-time numbers, shapes m and d and the tiles C, BM, BD are compiled in. One program
-does one chunk of one text and BM rows (or BD columns). Tokens after T load as theta = phi = x = 0, which changes nothing.
+those of fmem.py, x short for xbar; D(t, s) is the product of a from s + 1 to t, D(C, s) that up to the chunk's end. Kernels get
+pointers to contiguous tensors; T and N = T / C are run-time numbers, shapes m and d and the tiles C, BM, BD are compiled in. One
+program does one chunk of one text and BM rows (or BD columns). Tokens after T load as theta = phi = x = 0, which changes nothing.
 Never feed a transposed dot result from registers into another dot: some Triton releases miscompile that on Hopper. What is
 needed transposed is loaded transposed.
+
+This file imports nothing of ours, and raises where it cannot run; fast/__init__.py chooses.
 """
 import functools
 import os
-import sys
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from fmem import initial_state, scan_chunked
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpreter: the kernels run on a CPU, slowly
 
@@ -316,7 +315,7 @@ MAX_M, MAX_D = 512, 4096
 
 def tiles(m: int, d: int, dtype: torch.dtype) -> dict:
     """Compile-time numbers for a shape (m a multiple of 16) and x's dtype. Chosen so that on sm_80, sm_89 and sm_90 no
-    kernel spills a register or needs more than 99 KB of shared memory, which test_fmem.py asserts."""
+    kernel spills a register or needs more than 99 KB of shared memory, which tests/test_kernel_builds.py asserts."""
     precise, bf16 = dtype == torch.float32, dtype == torch.bfloat16
     C, BD = (32, 32) if precise else (64, 64)
     # fp16 cannot hold kappa, nor TF32 the 24 bits of float32: fp16 is multiplied in TF32, float32 without tensor cores.
@@ -466,34 +465,30 @@ def why_not(device: torch.device, m: int, d: int, dtype: torch.dtype) -> str | N
 
 def scan_triton(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None, eps: float = 1e-5,
                 recompute: bool = False) -> tuple[Tensor, Tensor]:
-    """scan_loop by the kernels: same arguments, same results, any T, contiguous or not.
+    """`fmem.scan_loop` by the kernels: same arguments, same results, any T, contiguous or not.
 
     theta, phi [B, T, m] in [0, 1], m up to 512; x [B, T, d] in float32, bf16 or fp16, d up to 4096; h0 [B, m, d] or None for
     zeros. Returns y [B, T, d] in x's dtype and hT [B, m, d] in float32. Differentiable in all four. Weights, lengths and the
     carried state are float32; with x in bf16 the matrix products are bf16. For the gradient the states before the chunks are
     kept, and the inner products of x with them and with itself (m + C per token); with recompute=True only the inputs.
 
-    Where the kernels cannot run (see `why_not`) scan_chunked does, and one line on stderr says why. Raises ValueError for
-    shapes that do not fit.
+    Raises ValueError for shapes that do not fit and where the kernels cannot run (see `why_not`).
     """
-    h0 = initial_state(theta, x, h0)
-    if reason := why_not(x.device, *h0.shape[1:], x.dtype):
-        say_once(f"fmem: scan_chunked instead of the Triton kernels: {reason}")
-        return scan_chunked(theta, phi, x, h0, eps, recompute=recompute)
+    (B, T, m), d = theta.shape, x.shape[2]
+    if reason := why_not(x.device, m, d, x.dtype):
+        raise ValueError(f"the Triton kernels cannot run: {reason}")
+    h0 = x.new_zeros(B, m, d, dtype=torch.float32) if h0 is None else h0.float()
+    if T == 0 or phi.shape != theta.shape or x.shape[:2] != (B, T) or h0.shape != (B, m, d):
+        raise ValueError(f"theta, phi [B, T, m], x [B, T, d] and h0 [B, m, d] do not fit each other: "
+                         f"{', '.join(str(tuple(v.shape)) for v in (theta, phi, x, h0))}")
     # Odd shapes are filled up with zeros to multiples of 16, which every load can be aligned to. That changes the mean
     # square of a row by d / width: phi and eps make up for it.
-    m, d = h0.shape[1:]
     rows, cols = -m % 16, -d % 16
     if rows or cols:
         theta, phi, x, h0 = F.pad(theta, (0, rows)), F.pad(phi, (0, rows)), F.pad(x, (0, cols)), F.pad(h0, (0, cols, 0, rows))
         phi, eps = phi * (d / (d + cols)) ** 0.5, eps * d / (d + cols)
     y, hT, *_ = scan(theta.float(), phi.float(), x, h0, eps, recompute)
     return y[..., :d], hT[:, :m, :d].contiguous()
-
-
-@functools.cache
-def say_once(line: str):
-    print(line, file=sys.stderr, flush=True)
 
 
 def step_triton(h: Tensor, x: Tensor, theta: Tensor, phi: Tensor, rows: Tensor | None = None, eps: float = 1e-5) -> Tensor:

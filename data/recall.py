@@ -1,11 +1,11 @@
-"""Two tasks that ask for recall alone, made anew for every batch: `python train.py --data mqar` or `--data passkey`.
+"""Two tasks that test recall alone, generated for every batch: `python train.py --data mqar` or `--data passkey`.
 
     mqar     k1 v1 k2 v2 ... kn vn ? k7 v7 k2 v2 ...      multi-query associative recall (Zoology, arXiv 2312.04927): each key
                                                           has a random value, and every key is asked for: in
                                                           training over and over, to the window's end; in a test once
     passkey  noise ... ! d1 d2 d3 d4 noise ... ? d1 d2 d3 d4      four random digits to be kept while noise goes by
 
-Only the answers, what follows "?", count in the loss and in the accuracy; the rest cannot be foreseen.
+Only the answers, which follow "?", count in the loss and in the accuracy; the rest cannot be predicted.
 """
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ VOCAB = 131
 
 
 class Recall:
-    """Windows of context + 1 tokens of one of the TASKS; like train.py's Batches a function of (seed, step) alone."""
+    """Windows of context + 1 tokens of one of the TASKS; like training/batches.py's a function of (seed, step) alone."""
 
     def __init__(self, task, context, batch_size=1, seed=0):
         shortest = {"mqar": 17, "passkey": 2 * LENGTH + 2}[task]
@@ -39,7 +39,7 @@ class Recall:
 
     @staticmethod
     def targets(windows):
-        """What is to be foreseen: int64 [windows, context], -100 (cross_entropy's sign for nothing) but for the answers."""
+        """What the model must predict: the answers, int64 [windows, context]; elsewhere -100, which cross_entropy leaves out."""
         asked = (windows == ASK).cumsum(1)[:, 1:] > 0
         answer = asked & (windows[:, 1:] >= KEYS) & (windows[:, 1:] < KEYS + VALUES)
         return windows[:, 1:].masked_fill(~answer, -100)

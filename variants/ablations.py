@@ -1,10 +1,10 @@
-"""One change at a time to the memory, to learn what each of its parts is for: `python train.py --ablation NAME`.
+"""One change at a time to the memory, to find out what each part is for: `python train.py --ablation NAME`.
 
     eta=1, mu=1      the update or merge rate is 1 for every token (no gate of its own)
     eta=0.8, mu=0.8  the rate starts at 0.8 instead of 1/2 (any number between 0 and 1), by a bias inside the sigmoid
     untied           the read has affinities of its own, W_read, instead of those of the write
     norm_after       the row norm comes after the merge: mu norm(sum_i alpha_i h_i) instead of sum_i phi_i norm(h_i)
-    no_renorm        the top k affinities are not brought back to the sum of 1 (no eq. 13)
+    no_renorm        the top k affinities are not rescaled to sum to 1 (no eq. 13)
     balance=0.01     a load-balancing loss of this weight: that of Switch Transformers, m sum_i share_i mean(alpha_i)
 
 None of these is meant to be used; fmem.py has the layer.
@@ -14,11 +14,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fmem import ExtendedMemory, scan_chunked, wide
+from fmem import scan, wide
+from variants.extended import ExtendedMemory
 
 
 class One(nn.Module):
-    """In the place of w_eta or w_mu: what the sigmoid makes 1 of."""
+    """Stands for w_eta or w_mu: its output is infinite, so that the sigmoid is 1."""
 
     def __init__(self):
         super().__init__()
@@ -74,8 +75,9 @@ class AblatedMemory(ExtendedMemory):
         if self.change != "norm_after":
             return super().read(x, h)
         theta, alpha, _ = self.route(x)
-        huge = 1e16                                     # beside this eps no row has a length: y = sum_i alpha_i h_i / 1e8
-        y, h = scan_chunked(theta, alpha, self.W_i(x), h, huge, self.config.chunk_size, self.config.recompute)
+        huge = 1e16                                     # next to this eps a row's length is nothing: y = sum_i alpha_i h_i / 1e8
+        form = "fast" if self.config.scan in ("auto", "kernel") and x.device.type != "mps" else self.config.scan
+        y, h = scan(theta, alpha, self.W_i(x), h, huge, form, self.config.recompute)
         y = wide(y) * math.sqrt(huge)
         mu = torch.sigmoid(wide(self.w_mu(x)))
         return (mu * y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.config.norm_eps)).to(x.dtype), h
@@ -92,3 +94,8 @@ class AblatedMemory(ExtendedMemory):
             nn.init.constant_(getattr(self, f"w_{self.change}").bias, math.log(self.value / (1 - self.value)))
         if self.change == "untied":
             init(self.W_read.weight, self.config.alpha_std * self.config.tau)
+
+
+def aux_loss(model: nn.Module) -> Tensor | float:
+    """What the layers of a model add to its training loss: 0 without the load-balancing loss."""
+    return sum(getattr(block.memory, "aux_loss", 0.0) for block in model.blocks)

@@ -2,8 +2,8 @@
 
 Each process holds 1/N of the weights, gradients and optimiser (FSDP2, `fully_shard`); a block's weights come together while
 it computes and are let go after. A checkpoint is a folder step-N: each process writes its part (PyTorch's distributed
-checkpoint), so that any number of processes can take it up again. run.pt in it, settings and tokenizer, is written last: a
-folder without it is incomplete and never read. docs/scaling.md has the arithmetic for 1.7 billion parameters.
+checkpoint), so that any number of processes can resume from it. run.pt in it, settings and tokenizer, is written last: a folder
+without it is incomplete and never read. docs/scaling.md has the arithmetic for 1.7 billion parameters.
 """
 import pickle
 import shutil
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from data.prepare import file_hash
+from data.token_files import file_hash
 
 ROUTER = "W_alpha", "w_eta", "w_mu"                     # computed in float32 always
 

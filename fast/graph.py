@@ -1,0 +1,52 @@
+"""Generation as a CUDA graph: all launches of a step recorded once and replayed, for without it they cost more than the work."""
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tuple) -> Callable[[], Tensor] | None:
+    """A step of all layers and the choice of the next token as one CUDA graph: a function that returns the next token [B] and
+    moves the state on, in place. The memory never grows, so one recording serves for any number of tokens.
+
+    token [B]: the last one chosen. sample(logits, *choice) chooses; the last entry of choice is its generator or None. None where
+    there is no GPU, a layer keeps more than one tensor, or it cannot be recorded, for which a line on stderr gives the reason.
+    """
+    if not token.is_cuda or not all(isinstance(h, Tensor) for h in state):
+        return None
+    # A step changes a memory in place only if it is contiguous; else the graph would replay a frozen one.
+    state[:] = [h.contiguous() for h in state]
+    token, before, generator = token.clone(), [token.clone(), *(h.clone() for h in state)], choice[-1]
+    randomness = torch.cuda.get_rng_state(token.device) if generator is None else generator.get_state()
+
+    def step():
+        logits, _ = model(token, state)
+        token.copy_(sample(logits, *choice))
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(token.device)
+    try:
+        if generator is not None:
+            graph.register_generator_state(generator)
+        side.wait_stream(torch.cuda.current_stream(token.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):                          # compiles the kernels and sets up the libraries, outside the graph
+                step()
+        torch.cuda.current_stream(token.device).wait_stream(side)
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as e:
+        graph = None
+        print(f"fmem: no CUDA graph for the steps: {str(e).splitlines()[0]}", file=sys.stderr)
+    for now, then in zip([token, *state], before, strict=True):      # the trial steps have not happened
+        now.copy_(then)
+    if generator is None:
+        torch.cuda.set_rng_state(randomness, token.device)
+    else:
+        generator.set_state(randomness)
+
+    def replay():
+        graph.replay()
+        return token.clone()
+
+    return replay if graph else None
