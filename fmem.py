@@ -1,40 +1,26 @@
 """Factorization Memory: a recurrent language model whose state is a small table of memory rows.
 
 The method is that of L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language Modeling With Factorization Memory",
-arXiv 2511.00315 (2025). The idea, with the paper's equation numbers; x is a token's input to the layer:
+arXiv 2511.00315 (2025). Each layer keeps a memory h of m rows. A token with input x belongs to each row to some degree (alpha);
+every row moves towards the same vector xbar by a share theta of its own; what is read is a mixture of the rows, brought to unit
+length. In the sparse form a token writes and reads only the k rows of the largest alpha, and all others keep their value exactly.
+The state has a fixed size, so a token costs the same after any text.
 
-    alpha = softmax(W_alpha x / tau)         (4)   how much the token belongs to each of the m rows
-    eta   = sigmoid(w_eta . x)               (5)   how much of itself it writes
-    mu    = sigmoid(w_mu . x)                (6)   how much of the memory it reads
-    theta = eta alpha,   phi = mu alpha      (7, 8)
-    xbar  = W_i x                            (9)   what is written: one vector, the same for every row
-    h     = (1 - theta) h + theta xbar       (10)  each row keeps 1 - theta[i] of itself and takes theta[i] of xbar
-    y     = W_o sum_i phi[i] h[i]/rms(h[i])  (11)  the read, after the write
-
-In the sparse form only the k largest entries of alpha count, rescaled to sum to 1 (12, 13): a token then writes and reads k
-rows and all others keep their value exactly. The state has a fixed size, so a token costs the same after any text.
+    symbol   eq.   shape    B texts, T tokens (C in a chunk), m rows, k rows chosen per token, d = d_memory
+    alpha    4     B T m    softmax(W_alpha x / tau)            memory affinity; sums to 1; tau is the temperature
+    eta      5     B T 1    sigmoid(w_eta . x)                  update rate: how much the token writes
+    mu       6     B T 1    sigmoid(w_mu . x)                   merge rate: how much it reads
+    theta    7     B T m    eta alpha                           update (write) weights, in [0, 1]
+    phi      8     B T m    mu alpha                            merge (read) weights, in [0, 1]
+    xbar     9     B T d    W_i x                               input projection: what is written, the same for all rows
+    h        10    B m d    (1 - theta) h + theta xbar          the memory, or state; h0 before the first token, hT after the last
+    y        11    B T d    sum_i phi[i] h[i] / rms(h[i])       the read, after the write; W_o is applied to it
+    gamma    12    B T m    top-k mask of alpha                 outside it alpha = 0, inside it is rescaled to sum to 1 (13)
 
 This file is the whole model, from top to bottom: routing, the recurrence as a loop over the tokens (`scan_loop`, the
 definition) and in matrix products (`scan_chunked`), the layer, the block, the language model, generation. It needs torch
-alone. With the folder fast/ beside it the same results come faster (`scan` chooses); train.py trains.
-
-Glossary. B texts, T tokens, C tokens in a chunk, m rows, k rows chosen per token, d = d_memory.
-
-    symbol     eq.   shape       meaning
-    alpha      4     B T m       memory affinity; sums to 1
-    tau        4     number      temperature of the softmax that makes alpha
-    eta        5     B T 1       update rate
-    mu         6     B T 1       merge rate
-    theta      7     B T m       update (write) weights, in [0, 1]
-    phi        8     B T m       merge (read) weights, in [0, 1]
-    xbar       9     B T d       input projection
-    h          10    B m d       the memory, or state; h0 before the first token, hT after the last
-    y          11    B T d       what is read (W_o is applied after it, in the layer)
-    gamma      12    B T m       top-k mask of alpha; outside it theta = phi = 0
-
-What the paper leaves open and how it is settled here: initialisation (`FMem.init_weights`); h0 = 0; tied embeddings; SwiGLU of
-width 8/3 d_model; RMS norms with eps 1e-5, no gain in the row norm (W_o would absorb it). There is no attention, position
-encoding, head, convolution or load-balancing loss.
+alone. With the folder fast/ beside it the same results come faster (`scan` chooses); train.py trains. The paper does not say how
+the weights and h0 start, or what the norms add: FMem.init_weights, zeros, and 1e-5 with no gain in the row norm are our answers.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -50,12 +36,12 @@ try:
 except ImportError:
     fast = None                                                 # this file alone: the same results, slower
 
-State = list                                                    # what the model keeps of a text: per layer, its memory
-
-COUNTS = "vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "d_mlp"
-LIMITS = {"tau": ("above 0", lambda v: 0 < v < math.inf), "norm_eps": ("above 0", lambda v: 0 < v < math.inf),
-          "alpha_std": ("of at least 0", lambda v: 0 <= v < math.inf), "dropout": ("from 0 to below 1", lambda v: 0 <= v < 1)}
 FORMS = "auto", "loop", "chunked", "fast", "kernel"
+COUNT = (int,), "whole number of at least 1 and at most 2**24", lambda v: 1 <= v <= 2**24
+LIMITS = {**dict.fromkeys(("vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "d_mlp"), COUNT),
+          **dict.fromkeys(("tau", "norm_eps"), ((int, float), "number above 0", lambda v: 0 < v < math.inf)),
+          "alpha_std": ((int, float), "number of at least 0", lambda v: 0 <= v < math.inf),
+          "dropout": ((int, float), "number from 0 to below 1", lambda v: 0 <= v < 1)}
 
 
 @dataclass
@@ -77,49 +63,42 @@ class FMemConfig:
     recompute: bool = False         # with "fast" and "kernel": keep less for the gradient, compute more
 
     def __post_init__(self):
-        if self.d_memory is None:
-            self.d_memory = self.d_model
+        self.d_memory = self.d_model if self.d_memory is None else self.d_memory
         if self.d_mlp is None and type(self.d_model) is int:
             self.d_mlp = -(-8 * self.d_model // (3 * 32)) * 32
-        for name in COUNTS:
+        for name, (kinds, limit, fits) in LIMITS.items():
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 2**24:
-                raise ValueError(f"{name} must be a whole number of at least 1 and at most 2**24, not {value!r}")
-        for name, (limit, fits) in LIMITS.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not fits(value):
-                raise ValueError(f"{name} must be a number {limit}, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, kinds) or not fits(value):
+                raise ValueError(f"{name} must be a {limit}, not {value!r}")
         if self.k_rows is not None and (type(self.k_rows) is not int or not 1 <= self.k_rows <= self.n_rows):
             raise ValueError(f"k_rows must be from 1 to n_rows ({self.n_rows}), or None for all rows, not {self.k_rows!r}")
         if self.scan not in FORMS:
             raise ValueError(f"scan must be one of {', '.join(FORMS)}, not {self.scan!r}")
 
 
-# ------------------------------------------------------------------------------------------------------- the recurrence
-
 def wide(x: Tensor) -> Tensor:
     """x in float32 at least: bf16 cannot tell theta = 0.998 from 1, so weights, norms and states are never narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def route(logits: Tensor, eta: Tensor, mu: Tensor, tau: float, k: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Equations 4, 7, 8, 12 and 13: which rows a token takes, and how much it writes to and reads from them.
+def route(x: Tensor, W_alpha: nn.Linear, w_eta: nn.Linear, w_mu: nn.Linear, tau: float,
+          k: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Which rows a token takes, and how much it writes to and reads from them: equations 4 to 8, 12 and 13. x [..., d_model].
 
-    logits [..., m] are W_alpha x; eta, mu [..., 1]. Returns theta, phi [..., k] and the numbers of their rows [..., k];
-    with k None or m, theta and phi of all m rows, and None.
+    Returns theta, phi [..., k] and the numbers of their rows [..., k]; with k None or m, theta and phi of all rows, and None.
     """
-    alpha, rows = torch.softmax(logits / tau, -1), None                             # eq. 4
-    if k is not None and k < logits.shape[-1]:
-        alpha, rows = alpha.topk(k, -1)                                             # eq. 12
-        alpha = alpha / alpha.sum(-1, keepdim=True)                                 # eq. 13
-    return eta * alpha, mu * alpha, rows                                            # eqs. 7, 8
+    with torch.autocast(x.device.type, enabled=False):
+        logits, eta, mu = (wide(W(x.to(W.weight.dtype))) for W in (W_alpha, w_eta, w_mu))
+        alpha, rows = torch.softmax(logits / tau, -1), None                             # eq. 4
+        eta, mu = torch.sigmoid(eta), torch.sigmoid(mu)                                 # eqs. 5, 6
+        if k is not None and k < alpha.shape[-1]:
+            alpha, rows = alpha.topk(k, -1)                                             # eq. 12
+            alpha = alpha / alpha.sum(-1, keepdim=True)                                 # eq. 13
+        return eta * alpha, mu * alpha, rows                                            # eqs. 7, 8
 
 
 def scan_loop(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """The memory, token by token: equations 10 and 11 without W_o. This is the definition; it is slow.
-
-        h_t = (1 - theta_t) h_{t-1} + theta_t xbar_t       eq. 10, each row i with its own theta_t[i]
-        y_t = sum_i phi_t[i] h_t[i] / rms(h_t[i])          eq. 11, rms(v) = sqrt(mean(v^2) + eps)
 
     theta, phi [B, T, m] in [0, 1]; xbar [B, T, d]; h0 [B, m, d] or None for zeros.
     Returns y [B, T, d] in xbar's dtype and hT [B, m, d] in float32 (float64 if xbar is). Differentiable in all four inputs.
@@ -138,13 +117,10 @@ def scan_loop(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = None
 def initial_state(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None) -> Tensor:
     """h0 in float32 at least, zeros for None. Raises ValueError when the shapes of a scan do not fit."""
     (B, T, m), d = theta.shape, xbar.shape[-1]
-    if T == 0 or phi.shape != theta.shape or xbar.shape[:2] != (B, T):
-        raise ValueError(f"a scan takes theta, phi [B, T, m] and xbar [B, T, d] with T of at least 1, "
-                         f"not {tuple(theta.shape)}, {tuple(phi.shape)} and {tuple(xbar.shape)}")
-    if h0 is None:
-        return wide(xbar).new_zeros(B, m, d)
-    if h0.shape != (B, m, d):
-        raise ValueError(f"the state must be {(B, m, d)}, not {tuple(h0.shape)}")
+    h0 = wide(xbar).new_zeros(B, m, d) if h0 is None else h0
+    if T == 0 or phi.shape != theta.shape or xbar.shape[:2] != (B, T) or h0.shape != (B, m, d):
+        shapes = ", ".join(str(tuple(v.shape)) for v in (theta, phi, xbar, h0))
+        raise ValueError(f"a scan takes theta, phi [B, T, m], xbar [B, T, d] and h0 [B, m, d], T at least 1, not {shapes}")
     return h0.to(wide(xbar).dtype)
 
 
@@ -155,31 +131,28 @@ def scan_chunked(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = N
     Eq. 10 is linear, so inside a chunk each row is H, the row before the chunk, times a number, plus a weighted sum of the
     chunk's inputs. These C + 1 coefficients follow eq. 10 themselves, with no d in it:
 
-        h_t = F_t H + sum_{s <= t} E_t[s] xbar_s        F_t = (1 - theta_t) F_{t-1},   F_0 = 1
-                                                        E_t = (1 - theta_t) E_{t-1} + theta_t (one at s = t),   E_0 = 0
+        h_t = F_t H + sum_{s <= t} E_t[s] xbar_s    F_t = (1 - theta_t) F_{t-1},  E_t = (1 - theta_t) E_{t-1} + theta_t (at s = t)
 
     The norm in eq. 11 is not linear. But all that it needs of a row is its squared length n_t, and that has a recurrence of
     its own, made of inner products that are known before any h_t is: K = xbar xbar^T and S = xbar H^T.
 
         <h_t, xbar_t> = F_t S_t + sum_s E_t[s] K_ts
         n_t = (1 - theta_t)^2 n_{t-1} + theta_t (2 <h_t, xbar_t> - theta_t <xbar_t, xbar_t>)
-        q_t = phi_t / sqrt(n_t / d + eps)               with q the read is linear again:
-        y_t = sum_i q_t[i] F_t[i] H[i] + sum_s A_ts xbar_s,         A_ts = sum_i q_t[i] E_t[i, s]
+        y_t = sum_i q_t[i] F_t[i] H[i] + sum_s A_ts xbar_s,     q_t = phi_t / sqrt(n_t / d + eps),  A_ts = sum_i q_t[i] E_t[i, s]
 
-    Nothing is divided, so theta of exactly 0 (keep) and 1 (erase) are exact, in float32 as in float64. A token with
-    theta = phi = 0 changes nothing, so the last chunk is filled up with such tokens.
+    Nothing is divided by theta or 1 - theta, so both ends of [0, 1] are exact in every dtype. A token with theta = phi = 0
+    changes nothing, so the last chunk is filled up with such tokens.
     """
     H, (T, d) = initial_state(theta, phi, xbar, h0), xbar.shape[1:]
     theta, phi, x = (F.pad(wide(v), (0, 0, 0, -T % C)).unflatten(1, (-1, C)) for v in (theta, phi, xbar))     # [B, N, C, .]
     a = 1 - theta
     with torch.autocast(xbar.device.type, enabled=False):
-        # 1. The coefficients, all N chunks at once: F [B, N, C, m], E [B, N, C, C, m] of (t, s, row).
-        F_t, E_t, Fs, Es = torch.ones_like(a[:, :, 0]), torch.zeros_like(a), [], []
+        # 1. The coefficients, all N chunks at once: F_ [B, N, C, m], E [B, N, C, C, m] of (t, s, row).
+        F_t, E_t, coefficients = torch.ones_like(a[:, :, 0]), torch.zeros_like(a), []
         for a_t, theta_t, at_t in zip(a.unbind(2), theta.unbind(2), torch.eye(C, device=a.device, dtype=a.dtype), strict=True):
             F_t, E_t = a_t * F_t, a_t[:, :, None] * E_t + at_t[:, None] * theta_t[:, :, None]
-            Fs.append(F_t)
-            Es.append(E_t)
-        F_, E = torch.stack(Fs, 2), torch.stack(Es, 2)
+            coefficients.append((F_t, E_t))
+        F_, E = (torch.stack(v, 2) for v in zip(*coefficients, strict=True))
         # 2. The memory before each chunk: all that passes from one chunk to the next.
         states = []
         for keep, written in zip(F_t.unbind(1), (E_t.mT @ x).unbind(1), strict=True):
@@ -195,19 +168,15 @@ def scan_chunked(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = N
             n_t = a_t.square() * n_t + change_t
             lengths.append(n_t)
         q = phi * torch.rsqrt(torch.stack(lengths, 2).clamp_min(0) / d + eps)
-        # 4. The read.
-        A = torch.einsum("bntsm,bntm->bnts", E, q)
-        y = (q * F_) @ states + A @ x
+        y = (q * F_) @ states + torch.einsum("bntsm,bntm->bnts", E, q) @ x                      # 4. The read.
     return y.flatten(1, 2)[:, :T].to(xbar.dtype), H
 
 
 def scan(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = None, eps: float = 1e-5, form: str = "auto",
          recompute: bool = False) -> tuple[Tensor, Tensor]:
-    """The recurrence in the form asked for; arguments and results are those of `scan_loop`.
-
-    form: "loop"; "chunked", in plain PyTorch; "fast", the chunked form with a gradient of its own (fast/chunked.py);
-    "kernel", in Triton (kernel.py); "auto", the fastest that runs here. recompute: "fast" and "kernel" keep only their
-    inputs for the gradient. Raises ValueError for shapes or forms that do not fit.
+    """`scan_loop`, with its arguments and results, in another form: "chunked", in plain PyTorch; "fast", chunked with a gradient
+    of its own (fast/chunked.py); "kernel", in Triton (kernel.py); "auto", the fastest that runs here. recompute: "fast" and
+    "kernel" keep only their inputs for the gradient. Raises ValueError for shapes or forms that do not fit.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
@@ -215,14 +184,10 @@ def scan(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = None, eps
         raise ValueError(f'form "{form}" needs the folder fast/ beside fmem.py; without it take "auto"')
     if fast:
         form, _ = fast.choose(form, xbar.device, theta.shape[-1], xbar.shape[-1], xbar.dtype)
-    if form == "loop":
-        return scan_loop(theta, phi, xbar, h0, eps)
     if form in ("fast", "kernel"):
         return fast.scan(theta, phi, xbar, initial_state(theta, phi, xbar, h0), eps, form, recompute)
-    return scan_chunked(theta, phi, xbar, h0, eps)
+    return (scan_loop if form == "loop" else scan_chunked)(theta, phi, xbar, h0, eps)
 
-
-# ------------------------------------------------------------------------------------------------------------- the layer
 
 class FactorizationMemory(nn.Module):
     """The memory layer, equations 4 to 13. Its input is the block's normalised residual stream."""
@@ -237,11 +202,7 @@ class FactorizationMemory(nn.Module):
         self.W_o = nn.Linear(config.d_memory, config.d_model, bias=False)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x [..., d_model] -> theta, phi and rows of the function `route`; in float32 also under autocast."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.W_alpha.weight.dtype)
-            logits, eta, mu = (wide(W(x)) for W in (self.W_alpha, self.w_eta, self.w_mu))
-            return route(logits, torch.sigmoid(eta), torch.sigmoid(mu), self.config.tau, self.config.k_rows)    # eqs. 5, 6
+        return route(x, self.W_alpha, self.w_eta, self.w_mu, self.config.tau, self.config.k_rows)
 
     def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, d_model], h [B, m, d_memory] or None -> y [B, T, d_model] and the memory after the last token."""
@@ -249,10 +210,7 @@ class FactorizationMemory(nn.Module):
         return self.W_o(y), h
 
     def step(self, x_t: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One token, x_t [B, d_model] -> y_t [B, d_model] and the memory. In the sparse form only k rows are touched.
-
-        Without gradients (torch.no_grad) h may be changed in place; clone it first to keep it.
-        """
+        """One token, x_t [B, d_model] -> y_t and the memory. Without gradients h may be changed in place; clone it to keep it."""
         y_t, h = self.read_step(x_t, h)
         return self.W_o(y_t), h
 
@@ -269,24 +227,19 @@ class FactorizationMemory(nn.Module):
         """`step` without W_o."""
         theta, phi, rows = self.route(x_t)
         xbar, eps = self.W_i(x_t), self.config.norm_eps                                         # eq. 9
-        if h is None:
-            h = wide(xbar).new_zeros(len(x_t), self.config.n_rows, self.config.d_memory)
+        h = wide(xbar).new_zeros(len(x_t), self.config.n_rows, self.config.d_memory) if h is None else h
         if fast and self.config.scan not in ("loop", "chunked") and not torch.is_grad_enabled():
             return fast.step(h, xbar, theta, phi, rows, eps, self.config.scan)
-        if rows is None:
-            y, h = scan_loop(theta[:, None], phi[:, None], xbar[:, None], h, eps)
-        else:
-            where = rows[..., None].expand(-1, -1, h.shape[-1])
-            y, chosen = scan_loop(theta[:, None], phi[:, None], xbar[:, None], h.gather(1, where), eps)
-            h = h.scatter(1, where, chosen)
-        return y[:, 0], h
+        rows = torch.arange(h.shape[1], device=h.device).expand(len(h), -1) if rows is None else rows
+        where = rows[..., None].expand(-1, -1, h.shape[-1])
+        y, chosen = scan_loop(theta[:, None], phi[:, None], xbar[:, None], h.gather(1, where), eps)     # eqs. 10, 11
+        return y[:, 0], h.scatter(1, where, chosen)
 
     def init_weights(self, init: Callable, add: float):
         """init(weight, scale) draws a matrix of spread scale / sqrt(inputs); add is the scale of those that end a branch.
 
-        The affinities start neither flat (all rows would collect the same average and part only slowly) nor hard. The
-        input of W_alpha has unit rms, so entries of spread alpha_std tau / sqrt(d_model) give logits of spread alpha_std
-        at every width and tau. eta and mu start at 1/2. The sweep behind the constants is in experiments/results/README.md.
+        The affinities start neither flat (all rows would collect the same average and part only slowly) nor hard: the input of
+        W_alpha has unit rms, so the logits start with spread alpha_std at every width and tau. eta and mu start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
@@ -294,8 +247,6 @@ class FactorizationMemory(nn.Module):
         init(self.W_i.weight)
         init(self.W_o.weight, add)
 
-
-# --------------------------------------------------------------------------------------------------- block and model
 
 class MLP(nn.Module):
     """SwiGLU: W_down (silu(W_gate x) * W_up x)."""
@@ -334,10 +285,7 @@ PREFILL = 4096                      # tokens of a prompt that go through the mod
 
 
 class FMem(nn.Module):
-    """The language model: embedding, blocks, norm, output layer.
-
-    layer: what stands in the memory's place, a module with forward, step and init_weights like FactorizationMemory's.
-    """
+    """The language model: embedding, blocks, norm, output layer. layer: a class with FactorizationMemory's methods."""
 
     def __init__(self, config: FMemConfig, layer: Callable = FactorizationMemory):
         super().__init__()
@@ -352,15 +300,10 @@ class FMem(nn.Module):
             self.head.weight = self.embed.weight
 
     def init_weights(self):
-        """All of the initialisation; the paper gives none.
-
-        Every matrix has spread INIT_STD / sqrt(inputs), and those that add to the residual stream a further
-        1 / sqrt(2 n_layer), the number of additions. Gains of norms are 1. What is special to the memory is in its own
-        init_weights.
-        """
+        """Every matrix has spread INIT_STD / sqrt(inputs), those that add to the residual stream a further 1 / sqrt(additions),
+        gains of norms are 1. The sweep behind the constants is in experiments/results/README.md."""
         def init(weight, scale=INIT_STD):
             nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]))
-
         add = INIT_STD / math.sqrt(2 * self.config.n_layer)
         nn.init.normal_(self.embed.weight, std=EMBED_STD)
         nn.init.normal_(self.head.weight, std=EMBED_STD)
@@ -370,7 +313,7 @@ class FMem(nn.Module):
             init(block.mlp.W_up.weight)
             init(block.mlp.W_down.weight, add)
 
-    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def hidden(self, tokens: Tensor, state: list | None = None) -> tuple[Tensor, list]:
         """`forward` without the output layer: tokens [B, T] -> [B, T, d_model], or [B] -> [B, d_model], and the state."""
         x = self.dropout(self.embed(tokens))
         new_state = []
@@ -379,37 +322,31 @@ class FMem(nn.Module):
             new_state.append(h)
         return self.norm(x), new_state
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: list | None = None) -> tuple[Tensor, list]:
         """tokens [B, T] -> logits [B, T, vocab_size] of the token that follows each, and the state after the last.
 
-        state: what an earlier call returned for the text so far, or None at the start; it is not changed. A text may be
-        split anywhere into calls. tokens [B] is one step: logits [B, vocab_size], at the same cost after any text;
-        without gradients it may change the state in place.
+        state: what an earlier call returned for the text so far, not changed, or None at the start. A text may be split anywhere
+        into calls. tokens [B] is one step: logits [B, vocab_size]; without gradients it may change the state in place.
         """
         x, state = self.hidden(tokens, state)
         return self.head(x), state
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, generator: torch.Generator | None = None,
-                 state: State | None = None) -> Iterator[Tensor]:
+                 state: list | None = None) -> Iterator[Tensor]:
         """Continue tokens [B, T], T at least 1: yields one new token [B] at a time, max_new_tokens of them.
 
-        The prompt goes through the model PREFILL tokens at a time; then every token is one step. temperature 0 takes the
-        likeliest token; top_k and top_p restrict the choice (see `sample`). state continues an earlier text and is not
-        changed. At its end the generator returns (`value = yield from ...`) the state after all tokens but the last that
-        it made, which is thus the first of the next prompt. Raises ValueError for arguments that cannot work. Call eval()
-        first on a model with dropout.
+        temperature 0 takes the likeliest token; top_k and top_p restrict the choice (see `sample`). state continues an earlier
+        text and is not changed. At its end the generator returns (`value = yield from ...`) the state after all tokens but the
+        last that it made, which is thus the first of the next prompt. Raises ValueError for arguments that cannot work.
         """
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"generate takes tokens [B, T] with at least one token, not {tuple(tokens.shape)}; "
-                             "<|endoftext|> starts a new text")
-        for name, value, fits, what in (
-                ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
-                ("temperature", temperature, 0 <= temperature < math.inf, "a number of at least 0"),
-                ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-                ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1")):
+        for fits, what in ((tokens.dim() == 2 and tokens.numel(), f"tokens must be [B, T], T at least 1, not {[*tokens.shape]}"),
+                           (max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}"),
+                           (0 <= temperature < math.inf, f"temperature must be a number of at least 0, not {temperature}"),
+                           (top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}"),
+                           (top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")):
             if not fits:
-                raise ValueError(f"{name} must be {what}, not {value}")
+                raise ValueError(what)
         return self._generate(tokens, max_new_tokens, (temperature, top_k, top_p, generator), state)
 
     @torch.no_grad()
@@ -422,16 +359,14 @@ class FMem(nn.Module):
                 x = x[:, -1]
         step = None
         for i in range(max_new_tokens):
-            if i == 0:
-                token = sample(self.head(x), *choice)
-                if fast and max_new_tokens >= 16:
-                    step = fast.capture_step(self, token, state, sample, choice)        # None but on a GPU
-            elif step:
+            if step:
                 token = step()
             else:
-                logits, state = self(token, state)
+                logits, state = self(token, state) if i else (self.head(x), state)
                 token = sample(logits, *choice)
             yield token
+            if i == 0 and fast and max_new_tokens >= 16:
+                step = fast.capture_step(self, token, state, sample, choice)            # None but on a GPU
         return state
 
 
@@ -444,11 +379,8 @@ def copy_state(state):
 
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
            generator: torch.Generator | None = None) -> Tensor:
-    """logits [B, vocab_size] -> tokens [B].
-
-    top_k: only the k likeliest tokens. top_p: only the fewest likeliest tokens that together reach probability p (after
-    temperature and top_k). The generator must live on the logits' device.
-    """
+    """logits [B, vocab_size] -> tokens [B]. top_k: only the k likeliest tokens. top_p: only the fewest likeliest tokens that
+    together reach probability p (after temperature and top_k). The generator must live on the logits' device."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = wide(logits)

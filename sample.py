@@ -1,12 +1,11 @@
 """Write text with a trained model: python sample.py --prompt "ROMEO:"
 
-Needs the checkpoint alone (the tokenizer is in it), and takes out/best.pt of the default run if none is named. The
-text appears as it is made; the cost of a token does not grow with the text before it. --save-state keeps what the model
-has of a text, a file whose size does not grow either, and --load-state goes on from there, as if it had never stopped.
+Needs the checkpoint alone (the tokenizer is in it), and takes out/best.pt of the default run if none is named. The text
+appears as it is generated; the cost of a token does not grow with the text before it. --save-state keeps the model's state
+at the end of a text, a file whose size does not grow either, and --load-state continues from there as if it had never stopped.
 """
 import argparse
 import codecs
-import hashlib
 import os
 import sys
 import time
@@ -14,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from data.prepare import encode, one_line, printable, token_strings
-from train import check_state, load_checkpoint, model_from, pick_device, save_checkpoint, tokenizer_of
-
-STATE = "fmem state 1"
+from data.messages import one_line, printable
+from data.tokenizer import encode, token_strings
+from training.checkpoint import load_checkpoint, model_from, tokenizer_of
+from training.device import pick_device
+from training.text_state import load_state, save_state
 
 
 def read_prompt(prompt):
@@ -27,13 +27,13 @@ def read_prompt(prompt):
     elif prompt.startswith("FILE:"):
         raw = Path(prompt[5:]).read_bytes()
     else:
-        return prompt.encode("utf-8", "replace").decode("utf-8")    # bytes that were not UTF-8 reach us as surrogates
+        return prompt.encode("utf-8", "replace").decode("utf-8")    # bytes that were not UTF-8 arrive as surrogates
     return raw.decode("utf-8", "replace")
 
 
 def stream(model, enc, prompt, device, seed, before=None, **choice):
-    """Print the prompt and what follows, whole characters at a time. Returns (tokens made, seconds for them, what to go on
-    from). before: what an earlier call returned to go on from."""
+    """Print the prompt and what follows, whole characters at a time. Returns the number of tokens, the seconds they took, and
+    what a later call needs to continue (its argument `before`)."""
     generator = torch.Generator(device).manual_seed(seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")    # holds back a character until it is complete
     token, state = enc.eot_token, None                              # a text begins where the one before it ended
@@ -55,38 +55,13 @@ def stream(model, enc, prompt, device, seed, before=None, **choice):
         start = start or time.perf_counter()                        # the first token is the prompt's work
         made += 1
         if token == enc.eot_token:
-            state = None                                            # the next text begins anew
+            state = None                                            # the next text has an empty memory
             break
         print(printable(decoder.decode(pieces[token])), end="", flush=True)
     seconds = time.perf_counter() - start if start else 0.0
     after = {"token": token, "state": state, "generator": generator.get_state(), "held": list(decoder.getstate()[0])}
     print(printable(decoder.decode(b"", final=True)))
     return max(made - 1, 0), seconds, after
-
-
-def fingerprint(model):
-    """sha256 of the weights: a state is of no use to another model."""
-    total = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        total.update(name.encode() + weight.cpu().float().numpy().tobytes())
-    return total.hexdigest()
-
-
-def load_state(path, model, device):
-    """What `stream` returned, from a file of --save-state. Raises ValueError, one line, if it is none of this model."""
-    before = load_checkpoint(path, device, STATE, "sample.py --save-state")
-    if before.get("model") != fingerprint(model):
-        raise ValueError(f"{path} is of another model")
-    try:
-        if type(before["token"]) is not int or not 0 <= before["token"] < model.config.vocab_size:
-            raise ValueError("its token is none of the vocabulary")
-        torch.Generator(device).set_state(before["generator"].cpu())
-        codecs.getincrementaldecoder("utf-8")(errors="replace").setstate((bytes(before["held"]), 0))
-        state = before["state"]
-    except Exception as e:                              # whatever the fields are, if not what they should be
-        raise ValueError(f"{path} does not hold a state of this model: {one_line(e)}") from None
-    check_state(model, state, torch.tensor([before["token"]], device=device), path)
-    return before
 
 
 def main(argv=None):
@@ -101,8 +76,8 @@ def main(argv=None):
     p.add_argument("--top_p", type=float, default=0.95, help="choose among the likeliest tokens of this total probability "
                    "(default: 0.95)")
     p.add_argument("--seed", type=int, default=1337, help="of the first text; the next has the next (default: 1337)")
-    p.add_argument("--save-state", metavar="FILE", type=Path, help="keep what the model has of the text at its end")
-    p.add_argument("--load-state", metavar="FILE", type=Path, help="go on with that text (the prompt, if any, comes next)")
+    p.add_argument("--save-state", metavar="FILE", type=Path, help="keep the model's state at the end of the text")
+    p.add_argument("--load-state", metavar="FILE", type=Path, help="continue that text (the prompt, if any, comes next)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto (default: auto)")
     a = p.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
@@ -130,10 +105,10 @@ def main(argv=None):
             made, seconds = made + n, seconds + t
             print("-" * 20 if i + 1 < a.num_samples else "", flush=True)
         if a.save_state:
-            save_checkpoint({"format": STATE, "model": fingerprint(model), **after}, a.save_state)
+            save_state(after, a.save_state, model)
         if made > 0:
             print(f"{made / seconds:.0f} tokens/s, the prompt not counted", file=sys.stderr)
-    except BrokenPipeError:                             # who reads the text has enough of it, as `head` does
+    except BrokenPipeError:                             # the reader has enough of it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, RuntimeError) as e:    # RuntimeError: weights that lead to infinity, too little memory

@@ -1,49 +1,23 @@
-"""Speed: python bench.py measures the scan in all its forms, its growth and a step, and writes bench.json.
+"""Speed of the scan in all its forms, its growth and a step: python -m experiments.bench_scan
 
-Everything to be compared is alternated within one process and the median taken; [low-high] is the middle half of the
-repetitions. Ratios from one run mean something on any quiet machine, absolute times on a named GPU only. The ceilings of the
-roofline, bytes per second and FLOPs per second, are measured here too, by a large copy and large matrix products. On a GPU
-the specialists are timed on the same shapes where they can be imported: flash-linear-attention's chunk_gla (the same
-recurrence without the row norm), Mamba-2's chunk scan, PyTorch's attention.
+Everything compared is alternated within one process and the median taken; [low-high] is the middle half of the repetitions.
+Ratios from one run mean something on any quiet machine, absolute times only on a named GPU. The ceilings of the roofline, bytes
+per second and FLOPs per second, are measured here too, by a large copy and large matrix products. On a GPU the specialists are
+timed on the same shapes where they can be imported: flash-linear-attention's chunk_gla (the same recurrence without the row
+norm), Mamba-2's chunk scan, PyTorch's attention.
 """
 import argparse
 import functools
 import importlib
-import importlib.util
-import json
 import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
 
 import torch
 import torch.nn.functional as F
 
-import fmem
-from data.prepare import one_line, printable
-from fmem import PREFILL, FMem, FMemConfig, scan_chunked, scan_loop
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-
-
-def clock(runs, repeats, device=DEVICE):
-    """Seconds of each function in runs {name: f}, alternated: {name: (median, low, high)}; the first round is not counted."""
-    times = {name: [] for name in runs}
-    for i in range(repeats + 1):
-        for name, f in runs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            f()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    quarters = {name: statistics.quantiles(t, n=4) if len(t) > 1 else [t[0]] * 3 for name, t in times.items()}
-    return {name: (q[1], q[0], q[2]) for name, q in quarters.items()}
+import fast
+from experiments.timing import DEVICE, GPU, clock, in_a_process, measure_peak, run_tables, show, show_beside
+from fast.chunked import piece_size
+from fmem import PREFILL, FactorizationMemory, FMem, FMemConfig, scan
 
 
 def inputs(B, T, m, d, dtype=torch.float32, k=None, device=DEVICE):
@@ -58,13 +32,13 @@ def inputs(B, T, m, d, dtype=torch.float32, k=None, device=DEVICE):
     return leaves, dy.to(device, dtype)
 
 
-def forward(scan, leaves):
+def forward(f, leaves):
     with torch.no_grad():
-        return scan(*leaves)
+        return f(*leaves)
 
 
-def both(scan, leaves, dy=None):
-    y = scan(*leaves)[0]
+def both(f, leaves, dy=None):
+    y = f(*leaves)[0]
     torch.autograd.grad(y, leaves, torch.ones_like(y) if dy is None else dy, allow_unused=True)
 
 
@@ -94,10 +68,10 @@ def ceilings(dtype):
 
 
 def own_products(B, T, m, d, C=32):
-    """A function that does the matrix products of scan_chunked, forward and backward, and nothing else: the same shapes,
+    """A function that does the matrix products of form "fast", forward and backward, and nothing else: the same shapes,
     dtypes and number, in a row."""
     theta = torch.empty(B, T, m, device=DEVICE)
-    G, N = min(fmem.piece_size(theta, C), T // C), T // C
+    G, N = min(piece_size(theta, C), T // C), T // C
     pieces, b = -(-N // G), G * B
     f32 = {"x": (b, C, d), "H": (b, m, d), "w": (b, C, m), "A": (b, C, C), "xdy": (b, 2 * C, d), "W": (b, 2 * C, m),
            "A2": (b, 2 * C, C)}
@@ -118,21 +92,22 @@ def own_products(B, T, m, d, C=32):
 
 # ------------------------------------------------------------------------------------------------------------- the tables
 
-def forms(m, d):
+def forms(m, d, compile=False):
     """The forms of the scan that run here, by name, the slowest last."""
-    found = {"chunked": scan_chunked}
-    if fmem.choose_scan("auto", DEVICE, m, d)[0] == "kernel":
-        found = {"kernel": importlib.import_module("kernel").scan_triton, **found}
-    return {**found, "compiled": compiled(), "loop": scan_loop} if compiled() else {**found, "loop": scan_loop}
+    names = ["kernel"] * (fast.choose("auto", DEVICE, m, d)[0] == "kernel") + ["fast", "chunked"]
+    found = {name: functools.partial(scan, form=name) for name in names}
+    if compile and compiled():
+        found["compiled"] = compiled()
+    return {**found, "loop": functools.partial(scan, form="loop")}
 
 
 @functools.cache
 def compiled():
-    """torch.compile of scan_chunked; None, with a line that says why, where it does not work."""
+    """torch.compile of the form "fast"; None, with a line that says why, where it does not work."""
     try:
-        scan, (leaves, dy) = torch.compile(scan_chunked), inputs(1, 8, 4, 8)
-        both(scan, leaves, dy)
-        return scan
+        f, (leaves, dy) = torch.compile(functools.partial(scan, form="fast")), inputs(1, 8, 4, 8)
+        both(f, leaves, dy)
+        return f
     except Exception as e:
         print(f"absent: compiled ({type(e).__name__})")
         return None
@@ -182,9 +157,11 @@ def table_forms(quick):
     shapes = [(T, m) for m in (16, 64, 256) for T in (256, 1024, 4096, 8192)]
     for T, m in [(64, 16), (96, 16)] if quick else shapes:
         leaves, dy = inputs(B, T, m, d, dtype)
-        ours = forms(m, d)
-        if B * T * m * d > (2**31 if GPU else 2**27):
-            ours.pop("loop")                                    # more memory than there may be: about 16 bytes for each
+        ours = forms(m, d, compile=not quick)
+        if B * T * m * d > (2**31 if GPU else 2**27):           # these two keep more than there may be room for
+            ours.pop("loop")
+        if B * T * m > (2**25 if GPU else 2**21):
+            ours.pop("chunked")
         others, absent = specialists(leaves)
         repeats = 3 if quick else 7
         for direction in ("forward", "both"):
@@ -199,21 +176,22 @@ def table_forms(quick):
             loop = {"loop": runs.pop("loop")} if "loop" in runs else {}
             times = clock(runs, repeats)
             if loop:                                            # so slow that a few are enough; still next to the others
-                times |= clock({**loop, "again": runs["chunked"]}, 3)
+                times |= clock({**loop, "again": runs["fast"]}, 3)
             back, size = direction == "both", 2 if GPU else 4
             row = dict(table="forms", B=B, T=T, m=m, d=d, dtype=str(dtype)[6:], direction=direction, absent=absent,
                        seconds={k: v for k, v in times.items() if k != "again"})
-            best = "kernel" if "kernel" in times else "chunked"
+            best = "kernel" if "kernel" in times else "fast"
             C = 64 if best == "kernel" else 32
             row["share_of_roofline"] = max(least_bytes(B, T, m, d, size, back) / bandwidth,
                                            flops(B, T, m, d, C, back) / peak) / times[best][0]
             if loop:
-                row["loop_over_chunked"] = times["loop"][0] / times["again"][0]
+                row["loop_over_fast"] = times["loop"][0] / times["again"][0]
             for over in ("products", "kernel", *others):
                 if over in times:
-                    row[f"chunked_over_{over}"] = times["chunked"][0] / times[over][0]
-            if "compiled" in times:
-                row["compiled_over_chunked"] = times["compiled"][0] / times["chunked"][0]
+                    row[f"fast_over_{over}"] = times["fast"][0] / times[over][0]
+            for name in ("chunked", "compiled"):
+                if name in times:
+                    row[f"{name}_over_fast"] = times[name][0] / times["fast"][0]
             rows.append(row)
             print(f"T {T:5d} m {m:4d} {direction:8s}" + "".join(f"  {k} {show(v)}" for k, v in row["seconds"].items())
                   + "".join(f"  {k} {v:.2f}" for k, v in row.items() if isinstance(v, float)), flush=True)
@@ -222,33 +200,17 @@ def table_forms(quick):
     return rows
 
 
-def show(t):
-    return f"{t[0] * 1e3:.2f} [{t[1] * 1e3:.2f}-{t[2] * 1e3:.2f}] ms"
-
-
-def show_beside(times, name):
-    """Every time, and in brackets its ratio to the one of that name."""
-    return "  ".join(f"{k}: {show(t)} ({t[0] / times[name][0]:.2f})" for k, t in times.items())
-
-
 def peak_memory(form, T, m, direction):
     """Bytes that a form needs at most beyond its arguments, in a process of its own."""
-    return in_a_process(f"print_peak({form!r}, {T}, {m}, {direction!r})")
-
-
-def in_a_process(call):
-    code = f"import bench; bench.{call}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(__file__) or ".")
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return int(done.stdout)
+    return in_a_process(f"bench_scan.print_peak({form!r}, {T}, {m}, {direction!r})")
 
 
 def print_peak(form, T, m, direction):
-    d, scan = 1024 if GPU else 256, forms(m, 1024 if GPU else 256)[form]
+    d = 1024 if GPU else 256
+    f = forms(m, d)[form]
     for tokens in (32, T):                                      # the first to warm up
         leaves, dy = inputs(8, tokens, m, d, torch.bfloat16 if GPU else torch.float32)
-        peak = measure_peak(lambda: forward(scan, leaves) if direction == "forward" else both(scan, leaves, dy))  # noqa: B023
+        peak = measure_peak(lambda: forward(f, leaves) if direction == "forward" else both(f, leaves, dy))  # noqa: B023
     print(peak)
 
 
@@ -260,25 +222,6 @@ def print_prompt_peak(T):
     print(peak)
 
 
-def measure_peak(f):
-    """Bytes used at most while f() runs, beyond those before it."""
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        f()
-        return torch.cuda.max_memory_allocated() - before
-    before = resident("VmRSS")
-    with open("/proc/self/clear_refs", "w") as reset:           # the high-water mark starts anew
-        reset.write("5")
-    f()
-    return resident("VmHWM") - before
-
-
-def resident(which):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(which))
-
-
 def table_memory(quick):
     """(a) Peak memory of the scan, and of a prompt by its length (beyond what a prompt of 4,096 tokens has left allocated)."""
     if not GPU and not os.path.exists("/proc/self/clear_refs"):
@@ -286,17 +229,16 @@ def table_memory(quick):
         return []
     T, m = (64, 16) if quick else (1024, 64)
     rows = []
-    for direction in ("forward", "both"):
+    for direction in ("both",) if quick else ("forward", "both"):
         row = dict(table="memory", T=T, m=m, direction=direction)
         for name in forms(m, 1024 if GPU else 256):
-            if name != "compiled":
-                row[name] = peak_memory(name, T, m, direction)
-        row["loop_over_chunked"] = row["loop"] / row["chunked"]
+            row[name] = peak_memory(name, T, m, direction)
+        row["loop_over_fast"] = row["loop"] / row["fast"]
         rows.append(row)
         print(f"memory {direction:8s}" + "".join(f"  {k} {v / 2**20:.0f} MiB" for k, v in row.items() if isinstance(v, int)
-                                                 and k not in ("T", "m")) + f"  loop/chunked {row['loop_over_chunked']:.1f}")
+                                                 and k not in ("T", "m")) + f"  loop/fast {row['loop_over_fast']:.1f}")
     lengths = (2**13, 2**14) if quick else (2**14, 2**20)
-    row = dict(table="prompt", bytes={str(T): in_a_process(f"print_prompt_peak({T})") for T in lengths})
+    row = dict(table="prompt", bytes={str(T): in_a_process(f"bench_scan.print_prompt_peak({T})") for T in lengths})
     rows.append(row)
     print("memory for a prompt" + "".join(f"  {int(T):,} tokens {v / 2**20:.1f} MiB" for T, v in row["bytes"].items()))
     return rows
@@ -320,12 +262,12 @@ def table_growth(quick):
 
 
 def table_step(quick):
-    """(c) One step of the memory layer, by k; and of a whole model, at the end of a context of 1k to 128k tokens."""
-    rows, repeats = [], 20 if quick else 400
+    """(c) One step of the memory layer, by k; and of a whole model, after a context of 1k to 128k tokens."""
+    rows, repeats = [], 5 if quick else 400
     d = 64 if quick else 1024 if GPU else 512
     for B in (1, 64):
         for m in (64, 256):
-            layers = {k or m: fmem.FactorizationMemory(FMemConfig(d_model=64, d_memory=d, n_rows=m, k_rows=k)).to(DEVICE)
+            layers = {k or m: FactorizationMemory(FMemConfig(d_model=64, d_memory=d, n_rows=m, k_rows=k)).to(DEVICE)
                       for k in (4, 16, None)}
             x, h = torch.randn(B, 64, device=DEVICE), torch.zeros(B, m, d, device=DEVICE)
             with torch.no_grad():
@@ -352,131 +294,11 @@ def table_step(quick):
     return rows
 
 
-MODELS = {"sparse": {}, "dense": {"k_rows": None}, "extended": {"conv": 4, "gate": True}, "transformer": {"mixer": "attention"},
-          "mamba2": {"mixer": "mamba2"}}
-
-
-def whole_model(name, quick, d_model, n_layer):
-    size = dict(d_model=32, n_layer=1, n_rows=8, k_rows=2, d_state=8) if quick else dict(
-        d_model=d_model, n_layer=n_layer, n_rows=d_model // 4, k_rows=d_model // 16)
-    if name == "extended":                                      # rows twice as wide, at the MLP's expense
-        size |= dict(d_memory=2 * size["d_model"], d_mlp={32: 32, 128: 184, 256: 352}[size["d_model"]])
-    return FMem(FMemConfig(vocab_size=1025, **{**size, **MODELS[name]})).to(DEVICE)
-
-
-def train_step(model, tokens):
-    with torch.autocast("cuda", torch.bfloat16, enabled=GPU):
-        logits, _ = model(tokens[:, :-1])
-        F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
-
-
-def print_training_peak(name, T, quick):
-    model = whole_model(name, quick, 256, 4)
-    for shape in ((1, 33), (max(4096 // T, 1), T + 1)):         # the first to warm up and to make the gradients
-        tokens = torch.zeros(shape, dtype=torch.long, device=DEVICE)
-        peak = measure_peak(lambda: train_step(model, tokens))          # noqa: B023
-    print(peak)
-
-
-def table_training(quick):
-    """(d) Training whole models of as many parameters each: forward and backward of 4,096 tokens, by context."""
-    rows = []
-    for d, n_layer, T in ((32, 1, 32),) if quick else ((128, 5, 256), *((256, 4, T) for T in (256, 512, 1024, 2048, 4096))):
-        models = {name: whole_model(name, quick, d, n_layer) for name in MODELS}
-        tokens = torch.randint(1025, (1 if quick else 4096 // T, T + 1), device=DEVICE)
-        times = clock({name: functools.partial(train_step, model, tokens) for name, model in models.items()}, 2 if quick else 7)
-        row = dict(table="training", d_model=d, n_layer=n_layer, T=T, B=len(tokens), seconds=times)
-        row["speed_over_transformer"] = {name: times["transformer"][0] / t[0] for name, t in times.items()}
-        if (GPU or os.path.exists("/proc/self/clear_refs")) and (quick or (d == 256 and T in (256, 1024, 4096))):
-            row["peak_bytes"] = {name: in_a_process(f"print_training_peak({name!r}, {T}, {quick})") for name in MODELS}
-        rows.append(row)
-        print(f"training d {d} T {T:5d}  " + show_beside(times, "transformer")
-              + "".join(f"  {k} {v / 2**20:.0f} MiB" for k, v in row.get("peak_bytes", {}).items()), flush=True)
-    return rows
-
-
-def context_state(model, context, B):
-    """A state as after `context` tokens: of attention a cache with arbitrary content, of the others the start (its size,
-    and the cost of a step, are the same after any text)."""
-    x = torch.zeros(B, 1, dtype=torch.long, device=DEVICE)
-    if model.config.mixer != "attention":
-        return model(x)[1]
-    layer = model.blocks[0].memory
-    return [(torch.randn(2, B, layer.n_kv, context + 512, layer.D, device=DEVICE), context) for _ in model.blocks]
-
-
-@torch.no_grad()
-def table_generation(quick):
-    """(e) Generation by context: reading the prompt (one text), a further token, and the bytes of the state."""
-    rows = []
-    models = {name: whole_model(name, quick, 128, 5).eval() for name in MODELS}
-    for context in (64, 128) if quick else (1024, 4096, 16384, 65536, 131072):
-        prompts = {}
-        for name, model in models.items():                      # attention's prompt is quadratic: minutes beyond this
-            if context <= 16384 or model.config.mixer != "attention":
-                pieces = torch.randint(1025, (1, context), device=DEVICE).split(PREFILL, 1)
-
-                def read(model=model, pieces=pieces):
-                    state = None
-                    for piece in pieces:
-                        state = model.hidden(piece, state)[1]
-                prompts[name] = read
-        prompt_seconds = clock(prompts, 1 if context > 16384 else 3)
-        for B in (1, 16):
-            token = torch.zeros(B, dtype=torch.long, device=DEVICE)
-            sizes, runs = {}, {}
-            for name, model in models.items():
-                one = [v.numel() * v.element_size() for layer in context_state(model, 1, 1)
-                       for v in (layer if isinstance(layer, tuple) else [layer]) if torch.is_tensor(v)]
-                sizes[name] = B * (sum(one) * context // 513 if model.config.mixer == "attention" else sum(one))
-                if sizes[name] < (60 if GPU else 2) * 2**30:
-                    runs[name] = stepper(model, token, context_state(model, context, B))
-            times = clock(runs, 10 if quick else 50)
-            rows.append(dict(table="generation", context=context, B=B, token_seconds=times, state_bytes=sizes,
-                             prompt_seconds=prompt_seconds if B == 1 else None))
-            print(f"generation after {context:7,d} tokens, B {B:2d}  " + show_beside(times, "sparse")
-                  + "".join(f"  {k} {v / 2**20:.2f} MiB" for k, v in sizes.items()), flush=True)
-            if B == 1:
-                print("  prompt  " + show_beside(prompt_seconds, "sparse"), flush=True)
-            del runs
-    return rows
-
-
-def stepper(model, token, state):
-    """A function that makes one step, and goes on from it the next time, as generation does."""
-    def step():
-        nonlocal state
-        _, state = model(token, state)
-    return step
-
-
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Measure the speed of the scan, its growth and a step.")
-    p.add_argument("--out", default="bench.json", help="file for the figures (default: bench.json)")
-    p.add_argument("--models", action="store_true", help="whole models, beside a Transformer and Mamba-2, instead of the scan")
+    p = argparse.ArgumentParser(prog="python -m experiments.bench_scan", description="Measure the speed of the scan and a step.")
+    p.add_argument("--out", default="bench_scan.json", help="file for the figures (default: bench_scan.json)")
     p.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
-    p.error = lambda message: p.exit(2, f"bench.py: error: {one_line(message)}; --help lists the options\n")
-    a = p.parse_args(argv)
-    try:
-        with open(a.out, "a"):                                  # now, not after minutes of measuring
-            pass
-    except (OSError, ValueError) as e:
-        sys.exit(f"bench.py: error: --out: {one_line(e)}")
-    torch.set_flush_denormal(True)
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    if importlib.util.find_spec("triton"):
-        versions["triton"] = importlib.import_module("triton").__version__
-    cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    where = torch.cuda.get_device_name() if GPU else cpu
-    print(f"{where}; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
-    result = dict(device=where, versions=versions, rows=[])
-    tables = table_training, table_generation
-    for table in tables if a.models else (table_forms, table_memory, table_growth, table_step):
-        print(f"\n{table.__doc__}")
-        result["rows"] += table(a.quick)
-        with open(a.out, "w") as f:                             # after every table: nothing measured is lost
-            json.dump(result, f, indent=1)
-    print(printable(f"\nwritten to {a.out}"))
+    run_tables(p, argv, (table_forms, table_memory, table_growth, table_step), "bench_scan")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What a trained model can do: python eval.py CHECKPOINT [--loss] [--long N] [--recall] [--routing]
+"""What a trained model can do: python -m experiments.evaluate CHECKPOINT [--loss] [--long N] [--recall] [--routing]
 
     --loss      loss on the validation text, in windows of the training length, by position in the window
     --long N    the same text in windows from 32 tokens to N times the training length: does a longer past help, or hurt?
-    --recall    text: how much better a passage is foreseen the second time; tasks (mqar, passkey): share of right answers
+    --recall    text: how much better a passage is predicted the second time; tasks (mqar, passkey): share of right answers
     --routing   the memory alone: which rows are used, how sharply, by which tokens, and how long they keep what they hold
 
-Prints tables, and with --json and --figure writes them. The same checkpoint and options always give the same numbers on the
-same machine. Needs the checkpoint and, but for tasks, the prepared data it was trained on.
+Prints tables, and writes them with --json and --figure. The same checkpoint and options always give the same numbers on the
+same machine. Needs the checkpoint and, except for tasks, the prepared data it was trained on.
 """
 import argparse
 import contextlib
@@ -19,10 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import prepare
+from data import token_files
+from data.messages import one_line
 from data.recall import LENGTH, TASKS, Recall
+from data.tokenizer import token_strings
 from fmem import FactorizationMemory
-from train import evaluate, load_checkpoint, model_from, pick_device, tokenizer_of
+from training.checkpoint import load_checkpoint, model_from, tokenizer_of
+from training.device import pick_device
+from training.tasks import evaluate
 
 # ------------------------------------------------------------------------------------------------------- loss, and long
 
@@ -48,12 +52,12 @@ def token_losses(model, tokens, length, device, at_once=8192):
 
 
 def validation(checkpoint, folder):
-    """-> validation tokens, bytes of each token of the vocabulary, tokenizer. Raises ValueError if they do not fit."""
+    """-> validation tokens, bytes of each token of the vocabulary, tokenizer. Raises ValueError if the data has another one."""
     enc = tokenizer_of(checkpoint)
-    _, tokens, fields, _ = prepare.load(folder or checkpoint["settings"]["data"])
+    _, tokens, fields, _ = token_files.load(folder or checkpoint["settings"]["data"])
     if fields != checkpoint["tokenizer"]:
         raise ValueError("--data was prepared with another tokenizer than the checkpoint's")
-    return tokens, np.array([len(piece) for piece in prepare.token_strings(enc)]), enc
+    return tokens, np.array([len(piece) for piece in token_strings(enc)]), enc
 
 
 def measure_loss(model, checkpoint, folder, device):
@@ -77,9 +81,9 @@ def measure_long(model, checkpoint, folder, device, times, n_tokens):
     """The same text, cut into windows of 32, 64, ... times * context tokens.
 
     mean[L]: mean loss of all tokens, so that of the windows' first L tokens. position[L]: the loss at positions L/2 to L.
-    Different positions are different tokens, some easier than others; so what is measured is how much better or worse
-    the *same* tokens are foreseen with that past than in windows of the training length, and this difference is added to
-    the loss there. stderr is that of the difference, over blocks of one training window.
+    Different positions are different tokens, some easier than others; so what is measured is how much the loss on the
+    *same* tokens changes with that past, against windows of the training length, and this difference is added to the loss
+    there. stderr is that of the difference, over blocks of one training window.
     """
     tokens, _, _ = validation(checkpoint, folder)
     context = checkpoint["settings"]["context"]
@@ -169,7 +173,7 @@ def measure_task(model, checkpoint, device):
 
 @torch.no_grad()
 def state_bytes(model, length):
-    """What the model keeps of a text of that many tokens, in bytes."""
+    """The size of the model's state after a text of that many tokens, in bytes."""
     _, state = model(torch.zeros(1, length, dtype=torch.long, device=model.embed.weight.device))
     kept = [part for layer in state for part in (layer if isinstance(layer, tuple) else (layer,))]
     return sum(part.numel() * part.element_size() for part in kept if torch.is_tensor(part))
@@ -265,7 +269,7 @@ def measure_routing(model, checkpoint, folder, device, n_tokens):
     if n == 0:
         raise ValueError(f"the validation text has {len(tokens)} tokens, fewer than the {context} of the training context")
     tokens = torch.from_numpy(tokens[:n].astype(np.int64))
-    words = [piece.decode("utf-8", "replace") for piece in prepare.token_strings(enc)]
+    words = [piece.decode("utf-8", "replace") for piece in token_strings(enc)]
     words[enc.eot_token] = "<|endoftext|>"
     seen = record_routing(model, tokens, context, device)
     layers = [describe(*layer, tokens, context, words) for layer in seen]
@@ -326,11 +330,11 @@ def save_figure(path, result):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Measure a trained model.", allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"eval.py: error: {prepare.one_line(message)}; --help lists the options\n")
+    p.error = lambda message: p.exit(2, f"evaluate: error: {one_line(message)}; --help lists the options\n")
     p.add_argument("checkpoint", metavar="CHECKPOINT")
     p.add_argument("--loss", action="store_true", help="loss on the validation text (default, if nothing else is asked)")
     p.add_argument("--long", type=int, metavar="N", help="loss up to N times the training length")
-    p.add_argument("--recall", action="store_true", help="what the model finds again")
+    p.add_argument("--recall", action="store_true", help="what the model can find again")
     p.add_argument("--routing", action="store_true", help="what the rows of the memory do")
     p.add_argument("--tokens", type=int, default=131072, help="validation tokens for --long and --routing (default: 131072)")
     p.add_argument("--data", metavar="DIR", help="prepared folder (default: that of the training)")
@@ -358,11 +362,11 @@ def main(argv=None):
         if a.routing:
             result["routing"] = measure_routing(model, checkpoint, a.data, device, a.tokens)
         if a.json:
-            prepare.write_json(a.json, result)
+            token_files.write_json(a.json, result)
         if a.figure:
             save_figure(a.figure, result)
     except (ValueError, OSError, RuntimeError) as e:    # RuntimeError: too little memory
-        sys.exit(f"eval.py: error: {prepare.one_line(e)}")
+        sys.exit(f"evaluate: error: {one_line(e)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,13 +1,13 @@
-"""Every experiment of RESULTS.md: what is run, and the page itself.
+"""Every experiment of the results page: python -m experiments.run
 
-    python experiments.py list                  # the names, with their commands
-    python experiments.py run                   # all of them, those already in results/experiments.jsonl left out
-    python experiments.py run lr short          # those whose names begin so; --jobs N at a time, one thread each
-    python experiments.py report                # RESULTS.md, its figures, and the results section of README.md
+    python -m experiments.run --list            # the names, with their commands
+    python -m experiments.run                   # all of them, without those already in results/experiments.jsonl
+    python -m experiments.run lr short          # those whose names begin so; --jobs N at a time, one thread each
+    python -m experiments.report                # the page, its figures, and the results section of README.md
 
-Everything goes through train.py and eval.py, as commands that can be run by hand. A run that was stopped is taken up again
-where it stopped; what it leaves behind is in out-experiments/NAME, and its figures are one line of results/experiments.jsonl:
-{"name", "command", "seconds", "result"}. No number in RESULTS.md is typed by hand.
+Everything goes through train.py and experiments.evaluate, as commands that can be run by hand. A run that was stopped is
+resumed; its checkpoints are in out-experiments/NAME, and its figures are one line of results/experiments.jsonl:
+{"name", "command", "seconds", "result"}. No number on the results page is typed by hand.
 """
 import argparse
 import csv
@@ -20,10 +20,10 @@ import threading
 import time
 from pathlib import Path
 
-from data.prepare import one_line
+from data.messages import one_line
 
 HERE = Path(__file__).resolve().parent
-LINES, OUT = HERE / "results/experiments.jsonl", Path("out-experiments")
+ROOT, LINES, OUT = HERE.parent, HERE / "results/experiments.jsonl", Path("out-experiments")
 
 SEEDS = 1337, 1, 2
 SIZE = "--n_layer 5 --d_model 128 --n_rows 32 --k_rows 8 --context 256 --batch_size 8 --eval_every 100 --sample_tokens 0"
@@ -39,7 +39,7 @@ ABLATIONS = {"base": "", "tau=1": "--tau 1", "tau=0.125": "--tau 0.125", "alpha_
                  "eta=1", "eta=0.8", "mu=1", "mu=0.8", "norm_after", "untied", "no_renorm", "balance=0.01")},
              "conv": "--conv 4", "gate": "--gate", "conv+gate": "--conv 4 --gate"}
 
-# those that change how sharply the tokens are routed, looked at with eval.py --routing
+# those that change how sharply the tokens are routed, looked at with --routing
 SPREAD = "base", "tau=1", "router_lr=0.1", "balance=0.01"
 
 # the memory scaling: rows, and how many of them a token takes
@@ -56,7 +56,7 @@ RECALL_MODELS = {"m=16": "--n_rows 16 --k_rows 4", "m=64": "", "m=64, untied": "
                  "transformer": "--mixer attention --n_head 4", "mamba2": "--mixer mamba2"}
 
 
-SHOWN = f"routing/sparse_{SEEDS[0]}"     # whose rows and sentence RESULTS.md shows
+SHOWN = f"routing/sparse_{SEEDS[0]}"     # whose rows and sentence the page shows
 
 
 def experiments():
@@ -71,26 +71,27 @@ def experiments():
                 " --keep_every 100" if model in ("sparse", "extended") and seed == SEEDS[0] else "")
     for seed in SEEDS:
         for model in MODELS:
-            runs[f"long/{model}_{seed}"] = f"python eval.py {OUT}/short/{model}_{seed}/last.pt --long 128 --tokens 65536 --recall"
+            last = f"{OUT}/short/{model}_{seed}/last.pt"
+            runs[f"long/{model}_{seed}"] = f"python -m experiments.evaluate {last} --long 128 --tokens 65536 --recall"
             if model not in ("transformer", "mamba2"):
-                runs[f"routing/{model}_{seed}"] = f"python eval.py {OUT}/short/{model}_{seed}/last.pt --routing --tokens 65536"
+                runs[f"routing/{model}_{seed}"] = f"python -m experiments.evaluate {last} --routing --tokens 65536"
     for model in ("sparse", "extended"):
         for step in range(0, 500, 100):
             runs[f"routing/{model}_{SEEDS[0]}_{step}"] = (
-                f"python eval.py {OUT}/short/{model}_{SEEDS[0]}/step-{step}.pt --routing --tokens 16384")
+                f"python -m experiments.evaluate {OUT}/short/{model}_{SEEDS[0]}/step-{step}.pt --routing --tokens 16384")
     for task, options in TASKS.items():
         names = {f"{task}/{model}_{seed}".replace(", ", "+"): f"{more} --seed {seed}" for seed in SEEDS
                  for model, more in RECALL_MODELS.items() if task == "mqar" or "untied" not in model}
         for name, more in names.items():
             runs[name] = f"python train.py --data {task} {RECALL} {options} {more}"
         for name in names:
-            runs[f"recall-{name}"] = f"python eval.py {OUT}/{name}/last.pt --recall"
+            runs[f"recall-{name}"] = f"python -m experiments.evaluate {OUT}/{name}/last.pt --recall"
     for seed in SEEDS:
         for name, options in ABLATIONS.items():
             runs[f"ablation/{name}_{seed}"] = f"python train.py {SIZE} --lr 8e-3 {options} --max_steps 200 --seed {seed}"
     for name in SPREAD:
         runs[f"ablation-routing/{name}"] = (
-            f"python eval.py {OUT}/ablation/{name}_{SEEDS[0]}/last.pt --routing --tokens 16384")
+            f"python -m experiments.evaluate {OUT}/ablation/{name}_{SEEDS[0]}/last.pt --routing --tokens 16384")
     for m, k in ROWS:
         for tau in TAUS:
             runs[f"rows/{m}_{k}_{tau}_{SEEDS[0]}"] = rows_command(m, k, tau, SEEDS[0])
@@ -123,20 +124,20 @@ def run_one(name, command):
     """Runs it, on one thread; returns its line for experiments.jsonl. Raises RuntimeError with the last line it printed."""
     out = OUT / name
     words, start = command.split(), time.perf_counter()
-    program = words[1]
+    training = words[1] == "train.py"
     words = [sys.executable, *words[1:]]
-    (HERE / out).parent.mkdir(parents=True, exist_ok=True)
-    if program == "train.py":
-        begun = HERE / f"{out}.command"                 # what is in the folder is taken up only if it is of this command
-        same = begun.is_file() and begun.read_text(encoding="utf-8") == command and (HERE / out / "last.pt").is_file()
+    (ROOT / out).parent.mkdir(parents=True, exist_ok=True)
+    if training:
+        begun = ROOT / f"{out}.command"                 # a folder is resumed only if it is of the same command
+        same = begun.is_file() and begun.read_text(encoding="utf-8") == command and (ROOT / out / "last.pt").is_file()
         begun.write_text(command, encoding="utf-8")
         words += ["--out", str(out), "--resume" if same else "--overwrite"]
     else:
         words += ["--json", f"{out}.json"]
-    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{name}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
-    result = read_log(HERE / out, done.stdout) if program == "train.py" else json.loads((HERE / f"{out}.json").read_text())
+    result = read_log(ROOT / out, done.stdout) if training else json.loads((ROOT / f"{out}.json").read_text())
     if "routing" in result and name != SHOWN:           # the bulky part, of which one is shown
         del result["routing"]["sentence"]
         for layer in result["routing"]["layers"]:
@@ -187,23 +188,27 @@ def run(prefixes, jobs):
     for thread in threads:
         thread.join()
     if failed:
-        sys.exit(f"experiments.py: {len(failed)} failed: {', '.join(failed)}")
+        sys.exit(f"experiments.run: {len(failed)} failed: {', '.join(failed)}")
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("what", choices=("list", "run", "report"))
-    p.add_argument("names", nargs="*", help="how the names of those to run begin")
+    p = argparse.ArgumentParser(prog="python -m experiments.run", description="Run the experiments of the results page.",
+                                allow_abbrev=False)
+    p.add_argument("names", nargs="*", help="how the names of those to run begin (default: all)")
+    p.add_argument("--list", action="store_true", help="only print the names and commands")
     p.add_argument("--jobs", type=int, default=max(os.cpu_count() or 1, 1), help="how many at a time (default: one per core)")
-    p.error = lambda message: p.exit(2, f"experiments.py: error: {one_line(message)}; --help lists the options\n")
+    p.error = lambda message: p.exit(2, f"experiments.run: error: {one_line(message)}; --help lists the options\n")
     a = p.parse_args(argv)
     if not 1 <= a.jobs <= 1024:
         p.error(f"--jobs must be from 1 to 1024, not {a.jobs}")
-    if a.what == "list":
-        for name, command in experiments().items():
-            print(f"{name:32} {command}")
-    elif a.what == "run":
+    if not a.list:
         run(a.names, a.jobs)
+        return
+    try:
+        for name, command in experiments().items():
+            print(f"{name:32} {command}", flush=True)
+    except BrokenPipeError:                             # the reader has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
