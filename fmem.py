@@ -129,7 +129,7 @@ def scan_chunked(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = N
     """scan_loop by matrix products, C tokens at a time: the same arguments, results and gradients, for any T.
 
     Eq. 10 is linear, so inside a chunk each row is H, the row before the chunk, times a number, plus a weighted sum of the
-    chunk's inputs. These C + 1 coefficients follow eq. 10 themselves, with no d in it:
+    chunk's inputs. These C + 1 coefficients follow eq. 10 themselves:
 
         h_t = F_t H + sum_{s <= t} E_t[s] xbar_s    F_t = (1 - theta_t) F_{t-1},  E_t = (1 - theta_t) E_{t-1} + theta_t (at s = t)
 

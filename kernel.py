@@ -2,7 +2,7 @@
 
 What is fused. A loop over the tokens moves the whole memory [m, d] for every token: 2 m d numbers. Here a chunk of C = 64 tokens
 moves it a fixed number of times (once written, twice read in the forward pass), x is read three times, y written once.
-Everything else has no d in it and is small. With B 8, T 4096, m 64, d 1024 in bf16 that is 0.5 GB instead of 17 GB.
+Everything else does not grow with d and is small. With B 8, T 4096, m 64, d 1024 in bf16 that is 0.5 GB instead of 17 GB.
 
 How. Inside a chunk with start state H, every row is H times a number plus a combination of the chunk's inputs,
 
@@ -14,7 +14,7 @@ with a = 1 - theta: C + 1 coefficients per row instead of d numbers. Given the i
     <h_{t-1}, x_t> = F_{t-1} S_t + sum_s E_{t-1}[s] K_ts            n_t = a^2 n_{t-1} + 2 a theta <h_{t-1}, x_t> + theta^2 K_tt
     y_t = sum_i q_t F_t H + sum_s A_ts x_s,      A_ts = sum_i q_t E_t[s],      q_t = phi_t / sqrt(n_t / d + eps)
 
-No logarithm, no division: exact for every theta from 0 to 1. What has d in it are matrix products on the tensor cores.
+No logarithm, no division: exact for every theta from 0 to 1. The work that grows with d is matrix products on the tensor cores.
 The gradients are those of `chunked_backward` in fast/chunked.py (lambda, kappa, L), without its division by a_t.
 
 The order of this file: loads, forward kernels, backward kernels, the step, the operators, the checked functions. Symbols are
@@ -39,7 +39,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpret
 
 
 def jit(f):
-    """triton.jit that does not compile anew for special values of the lengths."""
+    """triton.jit that does not compile again for special values of the lengths."""
     lengths = [name for name in ("T", "N") if name in f.__code__.co_varnames[:f.__code__.co_argcount]]
     return triton.jit(f, do_not_specialize=lengths)
 

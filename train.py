@@ -74,7 +74,7 @@ def train(given):
 
     # The loop.
     with Stop() as stop:
-        while run.goes_on(stop):
+        while run.unfinished(stop):
             parts, losses = run.next_batch(), []
             for i, windows in enumerate(parts):
                 with processes.exchange(net, model, last=i == len(parts) - 1):

@@ -295,7 +295,7 @@ def main(argv=None):
         if a.input:
             documents, corpus = find_sources(a.input), ", ".join(Path(f).name for f in a.input[:3])
             corpus += f" and {len(a.input) - 3} more" if len(a.input) > 3 else ""
-            out = DEFAULT.with_name(Path(a.input[0]).stem)
+            out = DEFAULT.parent / Path(a.input[0]).stem
             if a.val:
                 val = find_sources(a.val)
                 names = {source.path.resolve() for source in val}

@@ -53,7 +53,11 @@ TASKS = {"mqar": "--context 64 --batch_size 32 --max_steps 1200 --eval_every 200
          "passkey": "--context 256 --batch_size 8 --max_steps 600 --eval_every 200"}
 RECALL_MODELS = {"m=16": "--n_rows 16 --k_rows 4", "m=64": "", "m=64, untied": "--ablation untied",
                  "m=64, conv, gate": "--conv 4 --gate", "m=64, conv, gate, untied": "--conv 4 --gate --ablation untied",
-                 "transformer": "--mixer attention --n_head 4", "mamba2": "--mixer mamba2"}
+                 "transformer": "--mixer attention --n_head 4", "mamba2": "--mixer mamba2",
+                 # the rate above is one for all; what four times of it changes
+                 "m=64, lr=16e-3": "--lr 16e-3", "transformer, lr=16e-3": "--mixer attention --n_head 4 --lr 16e-3",
+                 "mamba2, lr=16e-3": "--mixer mamba2 --lr 16e-3"}
+MQAR_ONLY = "untied", "lr="              # parts of the names of models that are not trained on the passkey
 
 
 SHOWN = f"routing/sparse_{SEEDS[0]}"     # whose rows and sentence the page shows
@@ -81,7 +85,7 @@ def experiments():
                 f"python -m experiments.evaluate {OUT}/short/{model}_{SEEDS[0]}/step-{step}.pt --routing --tokens 16384")
     for task, options in TASKS.items():
         names = {f"{task}/{model}_{seed}".replace(", ", "+"): f"{more} --seed {seed}" for seed in SEEDS
-                 for model, more in RECALL_MODELS.items() if task == "mqar" or "untied" not in model}
+                 for model, more in RECALL_MODELS.items() if task == "mqar" or not any(part in model for part in MQAR_ONLY)}
         for name, more in names.items():
             runs[name] = f"python train.py --data {task} {RECALL} {options} {more}"
         for name in names:

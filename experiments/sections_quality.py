@@ -160,6 +160,12 @@ The sweep of tau, first seed:
 """
 
 
+def recall_name(model):
+    """The name of one of RECALL_MODELS on the page."""
+    layer, comma, more = model.partition(", ")
+    return NAMES.get(layer, f"memory, {layer}") + comma + more.replace("lr=", "lr ")
+
+
 def recall_section(done, figures):
     text = []
     for task, key in (("mqar", "pairs"), ("passkey", "distance")):
@@ -171,7 +177,7 @@ def recall_section(done, figures):
         if not found:
             continue
         cases = [r[key] for r in next(iter(found.values()))[0]["rows"]]
-        rows = [[NAMES.get(model, "memory, " + model), f"{runs[0]['state_bytes'] / 1024:,.0f}",
+        rows = [[recall_name(model), f"{runs[0]['state_bytes'] / 1024:,.0f}",
                  *(spread([100 * r["right"] for run in runs for r in run["rows"] if r[key] == case], 1) for case in cases)]
                 for model, runs in found.items()]
         text.append((task, table(["model", "state, KiB", *(f"{case:,}" for case in cases)], rows), found, cases))
@@ -184,7 +190,7 @@ def recall_section(done, figures):
             key = "pairs" if task == "mqar" else "distance"
             for model, runs in found.items():
                 ax.plot(cases, [statistics.mean(r["right"] for run in runs for r in run["rows"] if r[key] == c) for c in cases],
-                        "o-", label=NAMES.get(model, "memory, " + model), markersize=3, linewidth=1.2,
+                        "o-", label=recall_name(model), markersize=3, linewidth=1.2,
                         color=f"C{list(RECALL_MODELS).index(model)}")
             ax.set(xscale="log", xlabel="pairs" if task == "mqar" else "tokens in between", title=task, ylim=(0, 1.02))
             if task == "mqar":
@@ -197,8 +203,8 @@ def recall_section(done, figures):
     tables = {task: shown for task, shown, _, _ in text}
     return f"""## 5. Recall
 
-Two layers of width 64, about 110,000 parameters, trained on the task alone, all alike (lr 4e-3, three seeds, the commands below);
-the state in bytes is that after a window of the training length. Right answers in percent.
+Two layers of width 64, about 110,000 parameters, trained on the task alone, all alike (lr 4e-3 where no other is named, three seeds,
+the commands below); the state in bytes is that after a window of the training length. Right answers in percent.
 
 **Multi-query associative recall** (`--data mqar {TASKS["mqar"]}`): keys with random values, then each key is
 asked for; a test asks for each once. A guess among 64 values is right in 1.6 %; one among the values that were there, in 100 / pairs %. By number of pairs:

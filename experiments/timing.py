@@ -60,7 +60,7 @@ def measure_peak(f):
         f()
         return torch.cuda.max_memory_allocated() - before
     before = resident("VmRSS")
-    with open("/proc/self/clear_refs", "w") as reset:           # the high-water mark starts anew
+    with open("/proc/self/clear_refs", "w") as reset:           # the high-water mark starts again
         reset.write("5")
     f()
     return resident("VmHWM") - before

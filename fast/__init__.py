@@ -18,7 +18,6 @@ from .graph import capture_step as capture_step
 FASTEST = "matrix products, the fastest form here"
 
 
-@torch.compiler.assume_constant_result
 def choose(form: str, device: torch.device | str, m: int = 1, d: int = 1,
            dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """The form that `form` means for m rows of d numbers on a device, "loop", "chunked", "fast" or "kernel", and why.
@@ -36,6 +35,10 @@ def choose(form: str, device: torch.device | str, m: int = 1, d: int = 1,
             return "kernel", "as asked" if form == "kernel" else "Triton kernels"
         return "fast", "matrix products"
     return "fast", "as asked" if form == "fast" else FASTEST
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes a second at every start.
+choose._dynamo_marked_constant = True
 
 
 @functools.cache

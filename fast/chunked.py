@@ -16,7 +16,7 @@ So the coefficients of fmem.py's form are products, E_t[s] = F_t V_s, and all wo
 Only H passes from chunk to chunk. For the gradient (see `chunked_backward`) the inputs and these T/C states are kept, never T
 of them; with recompute=True only the inputs, and the states are computed a second time.
 
-What has no d in it and a wide range (F, V and their products: a small part of the work) is float64, so that the ratios
+What does not grow with d and has a wide range (F, V and their products: a small part of the work) is float64, so that the ratios
 F_t / F_s neither overflow nor lose a digit of float32. Nothing can be divided by a = 0, so `decays` replaces it by a number
 that is as small as the range of float64 allows: 1e-18 or less if at most 16 of a chunk's 32 tokens erase the same row, 1e-9 if
 all of them do. The gradient at such tokens does not divide by a (see `restart`). Any device with float64: not Apple's GPUs.
@@ -100,7 +100,7 @@ def next_states(states: Tensor, Ft: Tensor, V: Tensor, x: Tensor):
 
 
 def squared_lengths(a2: Tensor, writes: Tensor, H: Tensor) -> Tensor:
-    """n_t = a2_t n_{t-1} + writes_t from n_0 = |H|^2 on: [G B, 1 + C, m]. Token by token, but with no d in it."""
+    """n_t = a2_t n_{t-1} + writes_t from n_0 = |H|^2 on: [G B, 1 + C, m]. Token by token, but independent of d."""
     n = [torch.linalg.vector_norm(H, dim=-1).square()]
     for a2_t, writes_t in zip(a2.unbind(1), writes.unbind(1), strict=True):
         n.append(torch.addcmul(writes_t, a2_t, n[-1]))

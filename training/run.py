@@ -12,6 +12,11 @@ from training.log import Log
 from training.optimizer import set_learning_rate
 
 
+def step_seed(seed, step, rank):
+    """Of all that is drawn in one step of one process: dropout."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
 class Run:
     """A run of settings s in the folder s.out, from its start or from what `saved` (a checkpoint.Saved) holds.
 
@@ -61,7 +66,7 @@ class Run:
         """The share of the run that is done, by steps or by seconds."""
         return max(self.step / self.s.max_steps, self.seconds / self.s.seconds if self.s.seconds else 0)
 
-    def goes_on(self, stop):
+    def unfinished(self, stop):
         """Whether there is another step; all processes get the same answer. Sets self.stopped if a signal ended the run."""
         self.share, self.stopped = self.processes.agree(self.progress, bool(stop.signal), self.device)
         return self.share < 1 and not self.stopped
@@ -72,7 +77,7 @@ class Run:
         Sets the learning rate, and seeds dropout by (seed, step, process), so that a resumed run draws the same.
         """
         self.lr, rank = set_learning_rate(self.optimizer, self.s, self.step, self.share), self.processes.rank
-        torch.manual_seed(int(np.random.SeedSequence([self.s.seed, self.step, rank]).generate_state(1)[0]))
+        torch.manual_seed(step_seed(self.s.seed, self.step, rank))
         batches = self.task.batches
         if isinstance(batches, Streams) and batches.begins(self.step):
             self.forget()

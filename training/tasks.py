@@ -52,7 +52,7 @@ class Text:
         return loss, words, {"val_bpb": bpb, "val_tokens": count}
 
     def finish(self, model, device, n, best):
-        """Print n tokens of text by the model (None: nothing). Returns what to do next with the checkpoint best (None: out/best.pt).
+        """Print n tokens of text by the model, if it is given. Returns what to do next with the checkpoint best (or out/best.pt).
         """
         if model is not None:
             model.eval()

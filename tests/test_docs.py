@@ -1,0 +1,54 @@
+"""Pages that are computed: the plan for larger models, the results."""
+import contextlib
+import io
+import re
+
+import pytest
+import torch
+
+from experiments import report
+from experiments import run as experiments
+from fmem import FMem, FMemConfig
+from tests.helpers import ROOT
+
+
+def kept_for_backward(n_layer, T, d_model):
+    """Bytes that autograd keeps, but for the parameters themselves, under autocast to bf16."""
+    model, kept = FMem(FMemConfig(vocab_size=1000, n_layer=n_layer, d_model=d_model, n_rows=64, k_rows=8)), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor     # alive, so that no address comes twice
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(torch.zeros(1, T, dtype=torch.long))
+    del out
+    return sum(size for size, _ in kept.values())
+
+
+def test_the_plan_for_larger_models_adds_up():
+    """docs/scaling.md: its code prints its tables, and the bytes kept per token and layer are those of the code (to 2 %)."""
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    code, = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "scaling.md", "exec"), {})
+    lines = printed.getvalue().splitlines()
+    assert len(lines) == 8 and all(line in page for line in lines), printed.getvalue()
+    bytes_per_token = (kept_for_backward(2, 512, 512) - kept_for_backward(1, 512, 512)
+                       - kept_for_backward(2, 256, 512) + kept_for_backward(1, 256, 512)) / 256
+    said = float(re.search(r"^\| 512 \| ([\d,]+) \|", page, flags=re.M)[1].replace(",", ""))
+    assert bytes_per_token == pytest.approx(said, rel=0.02)
+
+
+def test_the_results_pages_are_what_report_writes():
+    """The results page and the tables of README.md and docs/robustness.md, from the files under experiments/results/."""
+    for path, text in report.pages(draw=False).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is not what python -m experiments.report writes"
+    page = (ROOT / "experiments/RESULTS.md").read_text(encoding="utf-8")
+    assert all((ROOT / "experiments" / picture).is_file() for picture in re.findall(r"\]\((results/.*?)\)", page))
+    known = experiments.experiments()
+    assert all(known.get(name) == line["command"] for name, line in experiments.results().items())

@@ -1,0 +1,60 @@
+"""experiments/: runs that are run once and resumed, benchmarks on tiny shapes."""
+import json
+import re
+
+import pytest
+
+import train as train_py
+from experiments import bench_scan
+from experiments import run as experiments
+from tests.helpers import ROOT, log_rows
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.options import parse
+
+
+def test_experiments_are_run_once_and_resumed(corpus, tmp_path, monkeypatch, capsys):
+    size = "--n_layer 1 --d_model 16 --n_rows 8 --k_rows 2 --context 24 --batch_size 4 --eval_every 2 --log_every 1"
+    train_one = f"python train.py --data {corpus} {size} --max_steps 6 --device cpu --sample_tokens 0"
+    commands = {"a/one": train_one, "b/wrong": "python train.py --nonsense 1",
+                "c/one": f"python -m experiments.evaluate {tmp_path}/a/one/last.pt --loss"}
+    monkeypatch.setattr(experiments, "experiments", lambda: commands)
+    monkeypatch.setattr(experiments, "OUT", tmp_path)
+    monkeypatch.setattr(experiments, "LINES", tmp_path / "lines.jsonl")
+    # a run that was stopped after two steps
+    half = [*train_one.split()[2:], "--out", str(tmp_path / "a/one"), "--max_steps", "2"]
+    train_py.train(parse(half))
+    done = load_checkpoint(tmp_path / "a/one/last.pt")
+    done["settings"]["max_steps"] = 6
+    save_checkpoint(done, tmp_path / "a/one/last.pt")
+    (tmp_path / "a/one.command").write_text(train_one)
+    log = tmp_path / "a/one/log.csv"
+    log.write_text(re.sub("^1,96,[^,]*", "1,96,1234.5", log.read_text(), flags=re.M))    # a mark on the first step
+    with pytest.raises(SystemExit, match="1 failed: b/wrong"):
+        experiments.main(["--jobs", "1"])
+    said = capsys.readouterr().out
+    assert "3 to run" in said and "--nonsense" in said
+    lines = experiments.results()
+    assert list(lines) == ["a/one", "c/one"] and lines["a/one"]["command"] == train_one
+    curve = dict(lines["a/one"]["result"]["curve"])
+    assert list(curve) == [2, 4, 6] and curve[6] < curve[2]
+    assert lines["c/one"]["result"]["loss"]["nats"] == pytest.approx(lines["a/one"]["result"]["nats"], rel=1e-5)
+    assert "1234.5" in log.read_text()
+    del commands["b/wrong"]
+    experiments.main([])
+    assert capsys.readouterr().out.startswith("0 to run")
+    commands["a/one"] += " --lr 0.001"                                  # another command is another experiment
+    experiments.main(["a"])
+    assert capsys.readouterr().out.startswith("1 to run")
+    assert "1234.5" not in log.read_text() and len(log_rows(tmp_path / "a/one", "train_loss")) == 6     # from the start
+
+
+def test_bench(tmp_path, capsys):
+    """Every table, on tiny shapes; the figures are in the file that it names."""
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    command = re.search(r"^python -m experiments\.bench_scan(.*)$", page, flags=re.M)[1].split()
+    bench_scan.main([*command, "--quick", "--out", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert {row["table"] for row in rows} >= {"forms", "growth", "step", "context"}
+    assert all(low <= median <= high for row in rows for median, low, high in row.get("seconds", {}).values())
+    assert all(row["share_of_roofline"] > 0 for row in rows if row["table"] == "forms")
+    assert "b.json" in capsys.readouterr().out
