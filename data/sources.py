@@ -22,7 +22,7 @@ class Source:
 
     @property
     def kind(self):
-        """Of the suffixes of READERS the one it has; "" is a single text."""
+        """The suffix of READERS that its name has; "" for a single text."""
         return next((suffix for suffix in READERS if self.path and self.path.name.lower().endswith(suffix)), "")
 
     @property
@@ -32,11 +32,11 @@ class Source:
 
     @property
     def size(self):
-        """In bytes, as it lies on the disk."""
+        """In bytes, on the disk."""
         return self.path.stat().st_size if self.path else len(self.text.encode("utf-8", "replace"))
 
     def identity(self):
-        """What tells whether the source is still the same."""
+        """Changes when the source does: its name, size, time of change and part, or the hash of its text."""
         if self.path is None:
             return self.name, hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest(), self.start, self.stop
         stat = self.path.stat()

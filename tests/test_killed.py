@@ -62,7 +62,7 @@ KILLS = 100 if SLOW else 4
 def test_killed_at_any_moment(corpus, tmp_path):
     """SIGKILL at random moments, a checkpoint after every step, so that many hit one half-written: each life continues where
     the last one ended, and the weights at the end are those of a run that was never killed."""
-    given = settings(corpus, tmp_path / "killed", eval_every=1, max_steps=40 * KILLS, eval_tokens=30)
+    given = settings(corpus, tmp_path / "killed", eval_every=1, max_steps=30 * KILLS, eval_tokens=30)
     code = f"""
 import os, random, signal, sys, time
 import train

@@ -84,7 +84,7 @@ def test_on_a_strangers_machine(stranger):
             ["needs matplotlib: pip install", "evaluate", "out/best.pt", "--routing", "--tokens", 100, "--figure", "f.png"],
             ["cannot be written to", "data/prepare.py", "--input", "mine.txt", "--out", "closed/d"],
             ["Permission denied", "data/prepare.py", "--input", "secret.pt", "--out", "e"])
-    for some in (cases[i:i + 2] for i in range(0, len(cases), 2)):                  # two at a time
+    for some in (cases[i:i + 5] for i in range(0, len(cases), 5)):                  # five at a time
         for (message, program, *arguments), process in [(case, stranger(*case[1:])) for case in some]:
             said, errors = process.communicate(timeout=300)
             assert process.returncode == 1, (program, arguments, said, errors)

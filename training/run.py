@@ -13,7 +13,7 @@ from training.optimizer import set_learning_rate
 
 
 def step_seed(seed, step, rank):
-    """Of all that is drawn in one step of one process: dropout."""
+    """The seed of everything random in one step of one process, which is dropout."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 

@@ -1,7 +1,7 @@
 """Models too large for one GPU: `torchrun --nproc_per_node N train.py --fsdp`, on PyTorch's own engine.
 
-Each process holds 1/N of the weights, gradients and optimiser (FSDP2, `fully_shard`); a block's weights come together while
-it computes and are let go after. A checkpoint is a folder step-N: each process writes its part (PyTorch's distributed
+Each process holds 1/N of the weights, gradients and optimiser (FSDP2, `fully_shard`); a block's weights are gathered while it
+computes and freed afterwards. A checkpoint is a folder step-N: each process writes its part (PyTorch's distributed
 checkpoint), so that any number of processes can resume from it. run.pt in it, settings and tokenizer, is written last: a folder
 without it is incomplete and never read. docs/scaling.md has the arithmetic for 1.7 billion parameters.
 """
@@ -25,8 +25,8 @@ ROUTER = "W_alpha", "w_eta", "w_mu"                     # computed in float32 al
 def shard(model, device, dtype=torch.float32):
     """Split a model that every process has built alike: each keeps its part, on `device`. Returns the same model.
 
-    Under autocast to bf16 the matrices come together in bf16. Autocast's own copies would all be kept for the backward pass:
-    the whole model in every process. Raises ValueError where this PyTorch cannot do it.
+    Under autocast to bf16 the matrices are gathered in bf16. Autocast's own copies would all be kept for the backward pass: the
+    whole model in every process. Raises ValueError where this PyTorch cannot do it.
     """
     if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise ValueError(f"--fsdp on a CPU needs a newer PyTorch than {torch.__version__}")
@@ -50,7 +50,7 @@ def full_weights(model):
 def tensors(model, optimizer):
     """Weights and moments under one name each: all of them tensors, so that nothing needs to be pickled.
 
-    What else the optimiser has, rates and decays, follows from the settings.
+    The rest of the optimiser's state, rates and decays, follows from the settings.
     """
     weights, moments = dcp_state.get_state_dict(model, optimizer)
     flat = {f"model.{name}": weight for name, weight in weights.items()}
