@@ -22,7 +22,9 @@ those of fmem.py, x short for xbar; D(t, s) is the product of a from s + 1 to t,
 pointers to contiguous tensors; T and N = T / C are run-time numbers, shapes m and d and the tiles C, BM, BD are compiled in. One
 program does one chunk of one text and BM rows (or BD columns). Tokens after T load as theta = phi = x = 0, which changes nothing.
 Never feed a transposed dot result from registers into another dot: some Triton releases miscompile that on Hopper. What is
-needed transposed is loaded transposed.
+needed transposed is loaded transposed. No kernel loads an address that it has stored, except behind a barrier: several warps hold
+copies of a small tensor, and a late one would load what an early one has stored. (The step works in place, with so few warps that
+no two hold the same numbers.)
 
 This file imports nothing of ours, and raises where it cannot run; fast/__init__.py chooses.
 """
@@ -138,8 +140,8 @@ def mix_kernel(theta, phi, S, K, n0, suffix, kappa, kappa_in, A, wF, eps, T, N, 
                C: tl.constexpr, BM: tl.constexpr, BACKWARD: tl.constexpr):
     """The recurrence on the coefficients. A_ts = sum_i w_t E_t[s] (over BM rows: one A per group of rows) and w_t F_t.
 
-    Forward: w_t = q_t, from the row lengths. BACKWARD: w_t = -theta_t kappa_t, and kappa is completed: what the chunks
-    behind put into it is D(C, t)^2 kappa_in.
+    Forward: w_t = q_t, from the row lengths. BACKWARD: w_t = -theta_t kappa_t, where the chunks behind add D(C, t)^2 kappa_in
+    to the kappa of `rows_kernel`.
     """
     bc, im = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, c = bc // N, bc % N
@@ -157,9 +159,7 @@ def mix_kernel(theta, phi, S, K, n0, suffix, kappa, kappa_in, A, wF, eps, T, N, 
         a = 1 - th
         if BACKWARD:
             D = tl.load(suffix + at, mask=rows, other=0.0)
-            k = tl.load(kappa + at, mask=rows, other=0.0) + D * D * k_in
-            tl.store(kappa + at, k, mask=rows)
-            w = -th * k
+            w = -th * (tl.load(kappa + at, mask=rows, other=0.0) + D * D * k_in)
         else:
             K_t, K_tt = tl.load(K + (bc * C + t) * C + s), tl.load(K + (bc * C + t) * C + t)
             hx = F * tl.load(S + at, mask=rows, other=0.0) + tl.sum(E * K_t[:, None], 0)
@@ -198,12 +198,12 @@ def read_kernel(w1, states1, A1, v1, w2, states2, A2, v2, out, T, N, m: tl.const
 # ------------------------------------------------------------------------------------------------------------ backward
 
 @jit
-def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, eps, T, N, m: tl.constexpr, d: tl.constexpr,
-                C: tl.constexpr, BM: tl.constexpr):
+def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, c_t, eps, T, N, m: tl.constexpr,
+                d: tl.constexpr, C: tl.constexpr, BM: tl.constexpr):
     """The forward recurrence again, now with g_t = <h_t, dy_t> from Y = <dy, H> and M_ts = <dy_t, x_s>.
 
     Gives A, q F and q as before, dphi = r g, hx_n = <h_{t-1}, x_t> - n_{t-1}, kappa as far as the chunk itself makes it, and
-    a_1^2 kappa_1.
+    a_1^2 kappa_1. c_t is room for its own use.
     """
     bc, im = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, c = bc // N, bc % N
@@ -228,13 +228,13 @@ def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, 
         tl.store(A + t * C + s, tl.sum(E * q_t[None, :], 1))
         tl.store(qF + at, (q_t * F).to(qF.dtype.element_ty), mask=rows)
         tl.store(dphi + at, r * g, mask=rows)
-        tl.store(kappa + at, q_t * r * r * g / d, mask=rows)                # c_t
+        tl.store(c_t + at, q_t * r * r * g / d, mask=rows)
     tl.debug_barrier()
     k = tl.zeros([BM], tl.float32)
     for back in range(tokens):
         at = (row0 + tokens - 1 - back) * m + i
         a = 1 - tl.load(theta + at, mask=rows, other=0.0)
-        k += tl.load(kappa + at, mask=rows, other=0.0)
+        k += tl.load(c_t + at, mask=rows, other=0.0)
         tl.store(kappa + at, k, mask=rows)
         k *= a * a
     tl.store(kappa_out + bc * m + i, k, mask=rows)
@@ -254,7 +254,7 @@ def carry_kernel(kappa_out, keep, kappa_in, first, T, N, m: tl.constexpr, BM: tl
 
 
 @jit
-def theta_kernel(theta, q, kappa, hx_n, S, K, Y, M, Z, HL, suffix, dtheta, T, N, m: tl.constexpr, C: tl.constexpr,
+def theta_kernel(theta, q, kappa, kappa_in, hx_n, S, K, Y, M, Z, HL, suffix, dtheta, T, N, m: tl.constexpr, C: tl.constexpr,
                  BM: tl.constexpr):
     """dtheta_j = <lambda_j, x_j - h_{j-1}> - a_j kappa_j hx_n_j, without a division by a_j.
 
@@ -267,7 +267,8 @@ def theta_kernel(theta, q, kappa, hx_n, S, K, Y, M, Z, HL, suffix, dtheta, T, N,
     u, i, row0, left = tl.arange(0, C), im * BM + tl.arange(0, BM), b * T + c * C, T - c * C
     rows = i < m
     th, wy = tile(theta, row0, u, i, left, m), tile(q, row0, u, i, left, m)
-    wx, a = -th * tile(kappa, row0, u, i, left, m), 1 - th
+    k_in, D_C = tl.load(kappa_in + bc * m + i, mask=rows, other=0.0), tile(suffix, row0, u, i, left, m)
+    wx, a = -th * (tile(kappa, row0, u, i, left, m) + D_C * D_C * k_in[None, :]), 1 - th
     X = wy * tile(Y, row0, u, i, left, m) + wx * tile(S, row0, u, i, left, m)
     v = tl.load(HL + bc * m + i, mask=rows, other=0.0)
     for j in range(tl.minimum(left, C)):
@@ -276,8 +277,9 @@ def theta_kernel(theta, q, kappa, hx_n, S, K, Y, M, Z, HL, suffix, dtheta, T, N,
         M_j, K_j = tl.load(M + (bc * C + u) * C + j), tl.load(K + (bc * C + u) * C + j)
         to_W = wy * M_j[:, None] + wx * K_j[:, None] - X
         to_Z = tl.load(Z + at, mask=rows, other=0.0) - v
-        grad = tl.load(suffix + at, mask=rows, other=0.0) * to_Z + tl.sum(tl.where(u[:, None] >= j, D * to_W, 0.0), 0)
-        th_j, k_j = tl.load(theta + at, mask=rows, other=0.0), tl.load(kappa + at, mask=rows, other=0.0)
+        D_Cj, th_j = tl.load(suffix + at, mask=rows, other=0.0), tl.load(theta + at, mask=rows, other=0.0)
+        grad = D_Cj * to_Z + tl.sum(tl.where(u[:, None] >= j, D * to_W, 0.0), 0)
+        k_j = tl.load(kappa + at, mask=rows, other=0.0) + D_Cj * D_Cj * k_in
         grad -= (1 - th_j) * k_j * tl.load(hx_n + at, mask=rows, other=0.0)
         tl.store(dtheta + at, grad, mask=rows)
         X, v = X + th_j[None, :] * to_W, v + th_j * to_Z
@@ -350,7 +352,8 @@ class Launcher:
 
     def __init__(self, theta: Tensor, x: Tensor):
         (self.B, self.T, self.m), self.d = theta.shape, x.shape[2]
-        self.launches, t = launches(self.m, self.d, x.dtype), tiles(self.m, self.d, x.dtype)
+        m, d = int(self.m), int(self.d)                 # SymInts, where the compiler traces other shapes, cannot be cached
+        self.launches, t = launches(m, d, x.dtype), tiles(m, d, x.dtype)
         self.C, self.N = t["C"], -(-self.T // t["C"])
         self.MB, self.DB = -(-self.m // t["BM"]), -(-self.d // t["BD"])
         self.low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
@@ -407,14 +410,14 @@ def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, states: Ten
         # A and q F for the gradient of the reads, and the like with -theta kappa for that of the writes and norms.
         A, A2 = theta.new_empty(2, run.MB, run.B * run.N, run.C, run.C)
         qF, wF = torch.empty_like(write), torch.empty_like(write)
-        run("rows", theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, eps)
+        run("rows", theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, dtheta, eps)
         run("carry", kappa_out, keep, kappa_in, kappa_0)
         run("mix_back", theta, phi, S, K, n0, suffix, kappa, kappa_in, A2, wF, eps)
         Ls, dh0, dx = torch.empty_like(states), torch.empty_like(h0), torch.empty_like(x)
         run("states_back", qF, dy, wF, x, keep, dhT, Ls, dh0)
         run("products_L", x, x, Ls, states, Z, M, HL)
         run("read_back", write, Ls, A, dy, wF, states, A2, x, dx)
-        run("theta", theta, q, kappa, hx_n, S, K, Y, M, Z, HL, suffix, dtheta)
+        run("theta", theta, q, kappa, kappa_in, hx_n, S, K, Y, M, Z, HL, suffix, dtheta)
     return dtheta, dphi, dx, dh0.addcmul_(kappa_0[..., None], h0, value=-1)
 
 
@@ -503,11 +506,12 @@ def step_triton(h: Tensor, x: Tensor, theta: Tensor, phi: Tensor, rows: Tensor |
     y, x, theta, phi = torch.empty_like(x), x.contiguous(), theta.float().contiguous(), phi.float().contiguous()
     with torch.cuda.device_of(x):
         step_kernel[(B,)](h, x, theta if rows is None else rows.contiguous(), theta, phi, y, eps, m=m, d=d, k=k,
-                          DENSE=rows is None, num_warps=8, **step_tiles(k, d))
+                          DENSE=rows is None, **step_tiles(k, d))
     return y
 
 
 def step_tiles(k: int, d: int) -> dict:
-    """The whole width of a row, and as many rows at once as registers hold."""
+    """The whole width of a row, as many rows at once as registers hold, and no more warps than have numbers of their own."""
     BD = max(16, triton.next_power_of_2(d))
-    return dict(BK=max(1, min(triton.next_power_of_2(k), 8192 // BD)), BD=BD)
+    BK = max(1, min(triton.next_power_of_2(k), 8192 // BD))
+    return dict(BK=BK, BD=BD, num_warps=max(1, min(8, BK * BD // 1024)))

@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -164,27 +163,35 @@ def read_log(out, printed):
 
 
 def run(prefixes, jobs):
-    done, waiting, failed, lock = results(), queue.Queue(), [], threading.Lock()
-    for name, command in experiments().items():
-        if (not prefixes or name.startswith(tuple(prefixes))) and done.get(name, {}).get("command") != command:
-            waiting.put((name, command))
-    print(f"{waiting.qsize()} to run", flush=True)
+    """Run what is missing, `jobs` at a time; what reads a checkpoint waits for the run that writes it."""
+    known, done, failed, busy, changed = experiments(), results(), [], set(), threading.Condition()
+    waiting = [name for name, command in known.items()
+               if (not prefixes or name.startswith(tuple(prefixes))) and done.get(name, {}).get("command") != command]
+    print(f"{len(waiting)} to run", flush=True)
+
+    def ready(name):
+        return not any(f"/{other}/" in known[name] for other in [*busy, *waiting] if other != name)
 
     def work():
         while True:
+            with changed:
+                while waiting and not (name := next(filter(ready, waiting), None)):
+                    changed.wait()
+                if not waiting:
+                    return
+                waiting.remove(name)
+                busy.add(name)
             try:
-                name, command = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                line = run_one(name, command)
+                line = run_one(name, known[name])
+                with changed, open(LINES, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(line, separators=(",", ":")) + "\n")
+                print(f"{line['seconds']:7.0f} s  {name}  {line['result'].get('nats', '')}", flush=True)
             except (RuntimeError, OSError, ValueError) as e:
                 failed.append(name)
                 print(f"FAILED {e}", flush=True)
-                continue
-            with lock, open(LINES, "a", encoding="utf-8") as f:
-                f.write(json.dumps(line, separators=(",", ":")) + "\n")
-            print(f"{line['seconds']:7.0f} s  {name}  {line['result'].get('nats', '')}", flush=True)
+            with changed:
+                busy.discard(name)
+                changed.notify_all()
 
     threads = [threading.Thread(target=work) for _ in range(jobs)]
     for thread in threads:

@@ -21,7 +21,10 @@ def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tu
     randomness = torch.cuda.get_rng_state(token.device) if generator is None else generator.get_state()
 
     def step():
-        logits, _ = model(token, state)
+        # Autocast's cache of narrow weights would be freed with its context, and the graph would read what comes after them.
+        narrow = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
+        with torch.autocast("cuda", cache_enabled=False, **narrow):
+            logits, _ = model(token, state)
         token.copy_(sample(logits, *choice))
 
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(token.device)
@@ -35,9 +38,10 @@ def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tu
         torch.cuda.current_stream(token.device).wait_stream(side)
         with torch.cuda.graph(graph):
             step()
-    except RuntimeError as e:
+    except Exception as e:                              # Triton's errors are no RuntimeErrors
         graph = None
-        print(f"fmem: no CUDA graph for the steps: {str(e).splitlines()[0]}", file=sys.stderr)
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        print(f"fmem: no CUDA graph for the steps: {why}", file=sys.stderr)
     for now, then in zip([token, *state], before, strict=True):      # the trial steps have not happened
         now.copy_(then)
     if generator is None:

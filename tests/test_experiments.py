@@ -1,6 +1,8 @@
 """experiments/: runs that are run once and resumed, benchmarks on tiny shapes."""
 import json
 import re
+import threading
+import time
 
 import pytest
 
@@ -46,6 +48,27 @@ def test_experiments_are_run_once_and_resumed(corpus, tmp_path, monkeypatch, cap
     experiments.main(["a"])
     assert capsys.readouterr().out.startswith("1 to run")
     assert "1234.5" not in log.read_text() and len(log_rows(tmp_path / "a/one", "train_loss")) == 6     # from the start
+
+
+def test_what_reads_a_checkpoint_waits_for_its_run(tmp_path, monkeypatch):
+    """Five workers: the evaluations begin when the run they read has ended, also if it failed."""
+    order, lock = [], threading.Lock()
+    known = {"a/x": "train", "b/x": "train", "eval/a": "evaluate out/a/x/last.pt", "eval/b": "evaluate out/b/x/last.pt"}
+
+    def run_one(name, command):
+        time.sleep(0.1 if name == "a/x" else 0.3 if name == "b/x" else 0)
+        with lock:
+            order.append(name)
+        if name == "b/x":
+            raise RuntimeError("b/x: broken")
+        return {"name": name, "command": command, "seconds": 0, "result": {}}
+
+    monkeypatch.setattr(experiments, "experiments", lambda: known)
+    monkeypatch.setattr(experiments, "run_one", run_one)
+    monkeypatch.setattr(experiments, "LINES", tmp_path / "lines.jsonl")
+    with pytest.raises(SystemExit, match="1 failed: b/x"):
+        experiments.run([], 5)
+    assert order == ["a/x", "eval/a", "b/x", "eval/b"] and set(experiments.results()) == {"a/x", "eval/a", "eval/b"}
 
 
 def test_bench(tmp_path, capsys):

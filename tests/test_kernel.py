@@ -1,5 +1,8 @@
 """kernel.py in Triton's interpreter (on a GPU: compiled) against the loop in float64."""
 
+import ast
+import inspect
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from tests.helpers import (
     DEVICE,
     GPU,
     KERNEL_ERROR,
+    ROOT,
     by_steps,
     error,
     kernel,
@@ -71,13 +75,12 @@ def test_kernels_are_one_node_for_the_compiler_and_take_strided_inputs():
 
 @needs_triton
 def test_kernels_say_why_they_do_not_run(fresh_choice, capfd):
-    inputs = scan_inputs(T=5)
+    inputs = [v.to(DEVICE) for v in scan_inputs(T=5)]
     for _ in range(2):
         got = scan(*inputs, form="kernel")                          # float64: the caller takes another form
     assert all(torch.equal(g, w) for g, w in zip(got, scan(*inputs, form="fast"), strict=True))
     line = capfd.readouterr().err
     assert line.count("\n") == 1 and "float32, bf16 and fp16, not torch.float64" in line
-    inputs = [v.to(DEVICE) for v in inputs]
     with pytest.raises(ValueError, match="cannot run: they are built for float32"):
         kernel.scan_triton(*inputs)
     assert "m up to 512" in kernel.why_not(torch.device(DEVICE), 513, 8, torch.float32)
@@ -139,3 +142,37 @@ def test_training_agrees_with_and_without_the_kernels(corpus, tmp_path, fresh_ch
                                 eval_every=steps))
         losses.append([loss for _, loss in log_rows(tmp_path / form, "train_loss")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2 if GPU else 1e-5)     # rounding grows with the steps
+
+
+@needs_triton
+@pytest.mark.parametrize("k, d", [(1, 16), (1, 128), (2, 70), (16, 384), (64, 4096), (512, 1024)])
+def test_no_two_warps_of_the_step_hold_the_same_numbers(k, d):
+    """The step loads and stores the same addresses; a number held twice could be loaded after it was stored."""
+    t = kernel.step_tiles(k, d)
+    assert t["num_warps"] == 1 or t["BK"] * t["BD"] >= 32 * t["num_warps"] * 32
+
+
+def pointers(kernel_source, calls):
+    """The arguments of a kernel that calls of these names take as their pointer."""
+    names = {argument.arg for argument in kernel_source.args.args} - {"row0", "bc", "b", "m", "d", "k", "T", "N", "C"}
+    aliases, found = {}, set()
+    for node in ast.walk(kernel_source):                # p, mask = h + ..., ... makes p stand for h
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
+            aliases |= {ast.unparse(t): v for t, v in zip(node.targets[0].elts, node.value.elts, strict=True)}
+    for node in ast.walk(kernel_source):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in calls:
+            pointer = aliases.get(ast.unparse(node.args[0]), node.args[0])
+            found |= names & {part.id for part in ast.walk(pointer) if isinstance(part, ast.Name)}
+    return found
+
+
+@needs_triton
+def test_no_kernel_loads_what_it_stores():
+    """A late warp would load what an early one has stored. By the names of the pointers in the source of each kernel."""
+    source = ast.parse((ROOT / "kernel.py").read_text(encoding="utf-8"))
+    kernels = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")]
+    both = {node.name: pointers(node, {"tl.load", "tile", "tile_T"}) & pointers(node, {"tl.store", "put"}) for node in kernels}
+    assert len(both) == 9 and all(pointers(node, {"tl.store", "put"}) for node in kernels)
+    # rows_kernel loads c_t behind a barrier; the step works in place, see above
+    assert {name: names for name, names in both.items() if names} == {"rows_kernel": {"c_t"}, "step_kernel": {"h"}}
+    assert "tl.debug_barrier()" in inspect.getsource(kernel.rows_kernel.fn)
