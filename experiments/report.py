@@ -1,7 +1,7 @@
-"""Write the results page, its figures and the tables of README.md and docs/robustness.md from results/: python -m experiments.report
+"""Write the results page, its figures and the tables of README.md and docs/ from results/: python -m experiments.report
 
-Reads results/experiments.jsonl (experiments.run writes it), results/bench_models.json (experiments.bench_models) and
-results/survives.json (the tests of endurance). What has not been run is left out, with a line that says so. Needs matplotlib
+Reads results/experiments.jsonl (experiments.run writes it), results/bench_models.json (experiments.bench_models),
+results/bench_cpu_epyc.json (experiments.bench_scan) and results/survives.json (the tests of endurance). What has not been run is left out, with a line that says so. Needs matplotlib
 for the figures; without it only the text is written.
 """
 import json
@@ -88,6 +88,21 @@ def survives(did):
     return table(["what", "how much", "what happened"], rows)
 
 
+def forms(bench):
+    """The forms of the scan against each other, from bench_scan: the table of docs/speed.md."""
+    rows = {}
+    for row in (row for row in bench if row["table"] == "forms"):
+        rows.setdefault((row["T"], row["m"]), {})[row["direction"]] = row
+
+    def cell(row, key):
+        return f"{row[key]:.1f}" if key in row else ""
+
+    keys = [(way, key) for key in ("loop_over_fast", "chunked_over_fast") for way in ("forward", "both")]
+    keys += [("both", "compiled_over_fast"), ("both", "fast_over_products")]
+    heads = [f"{key.replace('_over_', ' / ')}, {way}" for way, key in keys]
+    return table(["T", "m", *heads], [[T, m, *(cell(both[way], key) for way, key in keys)] for (T, m), both in rows.items()])
+
+
 START, END = "<!-- written by experiments/report.py -->\n", "<!-- end -->\n"
 
 
@@ -127,8 +142,9 @@ that. Another number of threads rounds differently and moves the third decimal.
             rows.append([NAMES[m], spread(over_seeds(done, f"short/{m}_{{}}", "bits_per_byte")), spread(far, 1)])
     headline = table(["", "bits per byte, context 256", "rise of the loss 128 times beyond the training length, %"], rows)
     did = json.loads((HERE / "results/survives.json").read_text(encoding="utf-8"))
-    readme, robust = ROOT / "README.md", ROOT / "docs/robustness.md"
-    return {HERE / "RESULTS.md": page, readme: between_marks(readme, headline), robust: between_marks(robust, survives(did))}
+    scans = json.loads((HERE / "results/bench_cpu_epyc.json").read_text(encoding="utf-8"))["rows"]
+    tables = {"README.md": headline, "docs/robustness.md": survives(did), "docs/speed.md": forms(scans)}
+    return {HERE / "RESULTS.md": page, **{ROOT / name: between_marks(ROOT / name, body) for name, body in tables.items()}}
 
 
 def main():

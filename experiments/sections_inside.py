@@ -43,7 +43,7 @@ def speed(bench, figures):
             prompts.append([f"{r['context']:,}", *cells])
     sizes = [[f"{r['context']:,}", *(f"{r['state_bytes'][m] / 2**20:.2f}" for m in MODELS)] for r in generation if r["B"] == 1]
 
-    cpu = json.loads((HERE / "results/bench_cpu.json").read_text(encoding="utf-8"))["rows"]
+    cpu = json.loads((HERE / "results/bench_cpu_xeon.json").read_text(encoding="utf-8"))["rows"]
     alone = next(r["last_over_first"] for r in cpu if r["table"] == "context" and r["B"] == 1)
     head = ["context", *(NAMES[m] for m in MODELS)]
     return f"""## 4. Speed, beside the others

@@ -198,7 +198,7 @@ def recall_section(done, figures):
                 ax.minorticks_off()
             ax.grid(alpha=0.3)
         axes[0].set(ylabel="share of right answers")
-        axes[0].legend(fontsize=7, loc=(0.35, 0.42))
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.03))
 
     tables = {task: shown for task, shown, _, _ in text}
     return f"""## 5. Recall
