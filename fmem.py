@@ -2,9 +2,9 @@
 
 The method is that of L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language Modeling With Factorization Memory",
 arXiv 2511.00315 (2025). Each layer keeps a memory h of m rows. A token with input x belongs to each row to some degree (alpha);
-every row moves towards the same vector xbar by a share theta of its own; what is read is a mixture of the rows, brought to unit
-length. In the sparse form a token writes and reads only the k rows of the largest alpha, and all others keep their value exactly.
-The state has a fixed size, so a token costs the same after any text.
+every row moves towards the same vector xbar by a share theta of its own; what is read is a mixture of the rows, each brought to
+unit rms. In the sparse form a token writes and reads only the k rows of the largest alpha; all others keep their value exactly. The
+state has a fixed size, so a token costs the same after any text.
 
     symbol   eq.   shape    B texts, T tokens (C in a chunk), m rows, k rows chosen per token, d = d_memory
     alpha    4     B T m    softmax(W_alpha x / tau)            memory affinity; sums to 1; tau is the temperature
@@ -183,7 +183,7 @@ def scan(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = None, eps
     if fast is None and form in ("fast", "kernel"):
         raise ValueError(f'form "{form}" needs the folder fast/ beside fmem.py; without it take "auto"')
     if fast:
-        form, _ = fast.choose(form, xbar.device, theta.shape[-1], xbar.shape[-1], xbar.dtype)
+        form, _ = fast.choose(form, xbar.device, int(theta.shape[-1]), int(xbar.shape[-1]), xbar.dtype)
     if form in ("fast", "kernel"):
         return fast.scan(theta, phi, xbar, initial_state(theta, phi, xbar, h0), eps, form, recompute)
     return (scan_loop if form == "loop" else scan_chunked)(theta, phi, xbar, h0, eps)

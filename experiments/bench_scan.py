@@ -237,7 +237,7 @@ def table_memory(quick):
         rows.append(row)
         print(f"memory {direction:8s}" + "".join(f"  {k} {v / 2**20:.0f} MiB" for k, v in row.items() if isinstance(v, int)
                                                  and k not in ("T", "m")) + f"  loop/fast {row['loop_over_fast']:.1f}")
-    lengths = (2**13, 2**14) if quick else (2**14, 2**20)
+    lengths = (2**13,) if quick else (2**14, 2**20)
     row = dict(table="prompt", bytes={str(T): in_a_process(f"bench_scan.print_prompt_peak({T})") for T in lengths})
     rows.append(row)
     print("memory for a prompt" + "".join(f"  {int(T):,} tokens {v / 2**20:.1f} MiB" for T, v in row["bytes"].items()))

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -192,7 +193,8 @@ def same(a, b):
 
 
 def limited(run, *options, limit=None, during=""):
-    """train.py --resume in a process of its own that cannot write files beyond `limit` bytes, `during` run at its sixth step."""
+    """train.py --resume, started in a process of its own that cannot write files beyond `limit` bytes; `during` runs at its sixth
+    step."""
     code = f"""
 import os, resource, shutil, signal, sys
 import train
@@ -208,8 +210,8 @@ def batch(self, step, *part):
 Batches.__call__ = batch
 train.main(sys.argv[1:])
 """
-    return subprocess.run([sys.executable, "-c", code, "--out", str(run), "--resume", "--max_steps", "40", *options], cwd=ROOT,
-                          capture_output=True, encoding="utf-8", errors="replace")
+    command = [sys.executable, "-c", code, "--out", str(run), "--resume", "--max_steps", "40", *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
 
 
 def mutated(whole, g):
@@ -268,6 +270,18 @@ def torchrun(n, out, given, *options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(ROOT / "train.py")]
     popen = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", start_new_session=True)
     return subprocess.Popen([*command, "--out", str(out), *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, **popen)
+
+
+def together(n, out, given, *options):
+    """train.py in n processes as torchrun would start them, but without it: [process]."""
+    options = [w for k, v in given.items() if k != "out" for w in (f"--{k}", str(v))] + list(map(str, options))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *options]
+    popen = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", start_new_session=True)
+    return [subprocess.Popen(command, env={**world, "RANK": str(i), "LOCAL_RANK": str(i)}, **popen) for i in range(n)]
 
 
 def finished(process):

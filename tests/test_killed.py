@@ -9,7 +9,7 @@ import pytest
 
 import train as train_py
 from data import prepare
-from tests.helpers import ROOT, SLOW, contents, limited, log_rows, same, settings, survived, zoo
+from tests.helpers import ROOT, SLOW, contents, finished, limited, log_rows, same, settings, survived, zoo
 from training.checkpoint import load_checkpoint
 
 PREPARE_KILLS = 30 if SLOW else 4
@@ -105,15 +105,19 @@ while True:
 def test_a_full_disk_and_a_vanished_folder(run20, tmp_path):
     """A limit on the size of files stands for the disk: in the middle of a checkpoint, and of the log."""
     pytest.importorskip("resource", reason="limits on files are for Unix")
-    for limit in ((run20[0] / "last.pt").stat().st_size // 2, (run20[0] / "log.csv").stat().st_size + 30):
+    before, vanishes = (run20[0] / "last.pt").read_bytes(), tmp_path / "vanishes"
+    limits = len(before) // 2, (run20[0] / "log.csv").stat().st_size + 30
+    started = {}
+    for limit in limits:
         run = tmp_path / str(limit)
         shutil.copytree(run20[0], run)
-        before = (run / "last.pt").read_bytes()
-        done = limited(run, limit=limit)
-        assert done.returncode == 1 and re.fullmatch("train.py: error: .*\n", done.stderr), done.stderr
+        started[run] = limited(run, limit=limit)
+    shutil.copytree(run20[0], vanishes)
+    vanishing = limited(vanishes, during=f"shutil.rmtree({str(vanishes)!r})")
+    for run, process in started.items():
+        code, _, errors = finished(process)
+        assert code == 1 and re.fullmatch("train.py: error: .*\n", errors), errors
         assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*.tmp"))
         assert train_py.train({"out": str(run), "resume": True, "max_steps": 22})["step"] == 22      # with room it continues
-    run = tmp_path / "vanishes"
-    shutil.copytree(run20[0], run)
-    done = limited(run, during=f"shutil.rmtree({str(run)!r})")
-    assert done.returncode == 1 and re.fullmatch("train.py: error: .*vanishes.*\n", done.stderr), done.stderr
+    code, _, errors = finished(vanishing)
+    assert code == 1 and re.fullmatch("train.py: error: .*vanishes.*\n", errors), errors

@@ -10,7 +10,7 @@ import torch
 
 import train as train_py
 from fmem import FMem
-from tests.helpers import error, finished, like, parent, settings, survived, tiny, torchrun
+from tests.helpers import error, finished, like, parent, settings, survived, tiny, together, torchrun
 from training import sharded
 from training.checkpoint import load_checkpoint
 
@@ -42,9 +42,10 @@ def test_processes_train_like_one(n, options, corpus, tmp_path):
     if options and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("FSDP2 on a CPU needs a newer PyTorch")
     given = settings(corpus, tmp_path / "one", max_steps=6, eval_every=3, dropout=0.0, batch_size=8, d_memory=24)
+    processes = together(n, tmp_path / "n", given, *options)
     one = train_py.train({**given, "dtype": "bf16" if "bf16" in options else "float32"})
-    code, _, errors = finished(torchrun(n, tmp_path / "n", given, *options))
-    assert code == 0, errors
+    for code, _, errors in map(finished, processes):
+        assert code == 0, errors
     rounding = 1e-3 if "bf16" in options else 1e-5      # bf16 has 8 bits, and the losses are means over 192 tokens
     like(tmp_path / "n", tmp_path / "one", rel=rounding)
     best, whole = (load_checkpoint(tmp_path / run / "best.pt") for run in ("n", "one"))
