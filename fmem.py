@@ -3,8 +3,8 @@
 The method is that of L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language Modeling With Factorization Memory",
 arXiv 2511.00315 (2025). Each layer keeps a memory h of m rows. A token with input x belongs to each row to some degree (alpha);
 every row moves towards the same vector xbar by a share theta of its own; what is read is a mixture of the rows, each brought to
-unit rms. In the sparse form a token writes and reads only the k rows of the largest alpha; all others keep their value exactly. The
-state has a fixed size, so a token costs the same after any text.
+unit rms. In the sparse form a token writes and reads only the k rows of the largest alpha; all others keep their value exactly.
+The state has a fixed size, so a token costs the same after any text.
 
     symbol   eq.   shape    B texts, T tokens (C in a chunk), m rows, k rows chosen per token, d = d_memory
     alpha    4     B T m    softmax(W_alpha x / tau)            memory affinity; sums to 1; tau is the temperature
