@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import fast
 from data.messages import one_line
-from training.checkpoint import Saved, sharded
+from training.checkpoint import Saved
 from training.device import autocast, check_memory, pick_device, pick_dtype, try_compile
 from training.optimizer import make_optimizer
 from training.options import Settings, check_together, parse, settle
@@ -61,8 +61,7 @@ def train(given):
     saved.check(config, task)
     check_memory(config, device, shares=processes.world if s.fsdp else 1)
     torch.manual_seed(s.seed)
-    model = build(config)                               # alike in every process, before it is split
-    model = sharded().shard(model, device, dtype) if s.fsdp else model.to(device)
+    model = processes.place(build(config), device, dtype)       # built alike in every process
     optimizer = make_optimizer(model, s, device)
     saved.restore(model, optimizer)
     amp = autocast(device, dtype)
@@ -84,8 +83,7 @@ def train(given):
                     ((loss + aux_loss(model)) * len(windows) / local).backward()
                 losses.append(loss.detach() * len(windows) / local)
                 run.carry(i, state)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            norm = norm.full_tensor() if s.fsdp else norm
+            norm = processes.clip(model, s.clip)
             loss = processes.sum(torch.stack(losses).sum())
             finite = bool(torch.isfinite(norm + loss))  # the same in all processes: the gradient is their mean
             if finite:                                  # else nothing of this step may reach the weights

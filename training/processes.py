@@ -48,6 +48,13 @@ class Processes:
             return word[0].item(), word[1].item() > 0
         return progress, stopped
 
+    def place(self, model, device, dtype):
+        """The model on the device, or this process's part of it. Raises ValueError where it cannot be split."""
+        if self.split:
+            from training import sharded
+            return sharded.shard(model, device, dtype)
+        return model.to(device)
+
     def wrap(self, net):
         """The model whose backward pass leaves every process with the mean gradient."""
         return torch.nn.parallel.DistributedDataParallel(net) if self.world > 1 and not self.split else net
@@ -59,6 +66,11 @@ class Processes:
         elif self.world > 1 and not last:
             return net.no_sync()
         return contextlib.nullcontext()
+
+    def clip(self, model, largest):
+        """Bring the norm of the whole gradient to at most `largest`; returns what it was."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+        return norm.full_tensor() if self.split else norm
 
     def leave(self):
         if self.joined:
