@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -365,6 +366,9 @@ def main(argv=None):
             token_files.write_json(a.json, result)
         if a.figure:
             save_figure(a.figure, result)
+    except BrokenPipeError:                             # the reader has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError) as e:    # RuntimeError: too little memory
         sys.exit(f"evaluate: error: {one_line(e)}")
     except KeyboardInterrupt:
