@@ -17,18 +17,7 @@ from data.messages import one_line, printable
 from data.tokenizer import encode, token_strings
 from training.checkpoint import load_checkpoint, model_from, tokenizer_of
 from training.device import pick_device
-from training.text_state import load_state, save_state
-
-
-def read_prompt(prompt):
-    """The prompt as text: itself, FILE:path, or - for standard input. Raises ValueError, OSError."""
-    if prompt == "-":
-        raw = sys.stdin.buffer.read()
-    elif prompt.startswith("FILE:"):
-        raw = Path(prompt[5:]).read_bytes()
-    else:
-        return prompt.encode("utf-8", "replace").decode("utf-8")    # bytes that were not UTF-8 arrive as surrogates
-    return raw.decode("utf-8", "replace")
+from training.text_state import load_state, read_prompt, save_state
 
 
 def stream(model, enc, prompt, device, seed, before=None, **choice):

@@ -18,6 +18,11 @@ ASK, HERE, FILL = 128, 129, 130         # "?", "!", and what fills a window up
 VOCAB = 131
 
 
+def word(token):
+    """A token as it is shown: k7 a key, or noise; v7 a value, or digit; what asks, announces and fills as it is."""
+    return f"k{token}" if token < KEYS else f"v{token - KEYS}" if token < KEYS + VALUES else {ASK: "?", HERE: "!"}.get(token, ".")
+
+
 class Recall:
     """Windows of context + 1 tokens of one of the TASKS; like training/batches.py's a function of (seed, step) alone."""
 

@@ -1,6 +1,8 @@
-"""A text in a file: what sample.py --save-state keeps and --load-state continues from. It is of no use to another model."""
+"""Texts to continue: prompts, and what sample.py --save-state keeps of a text (of no use to another model)."""
 import codecs
 import hashlib
+import sys
+from pathlib import Path
 
 import torch
 
@@ -8,6 +10,17 @@ from data.messages import one_line
 from training.checkpoint import check_state, load_checkpoint, save_checkpoint
 
 FORMAT = "fmem state 1"
+
+
+def read_prompt(prompt):
+    """The prompt as text: itself, FILE:path, or - for standard input. Raises ValueError, OSError."""
+    if prompt == "-":
+        raw = sys.stdin.buffer.read()
+    elif prompt.startswith("FILE:"):
+        raw = Path(prompt[5:]).read_bytes()
+    else:
+        return prompt.encode("utf-8", "replace").decode("utf-8")    # bytes that were not UTF-8 arrive as surrogates
+    return raw.decode("utf-8", "replace")
 
 
 def save_state(after, path, model):
