@@ -1,8 +1,8 @@
 """From what the layers did with a text to one HTML file that shows it and needs nothing else.
 
-The data in the page, a JSON object: words {token: text}, tokens, made (how many of them were given), loss, top and
-layers. An array of numbers is base64 of little-endian float32. A memory layer has theta, phi and rms of the k rows (uint16) that a
-token touches at most, all others keep theirs, and q where it is not phi / sqrt(rms^2 + eps); attention and Mamba-2 have the lower
+The data in the page, a JSON object: words {token: text}, tokens, made (how many of them were given), loss, top and layers. An
+array of numbers is base64 of little-endian float32. A memory layer has theta, phi and rms of the k rows (uint16) that a token
+touches at most, all others keep theirs, and q where it is not phi / sqrt(rms^2 + eps); attention and Mamba-2 have the lower
 triangle of their mean map, row by row.
 """
 import base64

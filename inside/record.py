@@ -111,17 +111,17 @@ def of_memory(layer: FactorizationMemory, x: Tensor, state) -> MemoryWeights:
 
     (T, m), eps = theta.shape, layer.config.norm_eps
     h0 = values.new_zeros(m, values.shape[1]) if h0 is None else h0[0].double()
-    h, E, F = h0, theta.new_zeros(T, m), theta.new_ones(m)
+    h, E, kept = h0, theta.new_zeros(T, m), theta.new_ones(m)
     A, start, rest, q, rms = values.new_zeros(T, T), [], [], [], [h.square().mean(-1).sqrt()]
     for t in range(T):
         keep = 1 - theta[t]
-        h, E, F = keep[:, None] * h + theta[t, :, None] * values[t], E * keep, F * keep
+        h, E, kept = keep[:, None] * h + theta[t, :, None] * values[t], E * keep, kept * keep
         E[t] = theta[t]
         square = (phi[t] / mu[t].clamp_min(1e-30) @ h if after_merge else h).square().mean(-1)
         q_t = phi[t] / (square + eps).sqrt()
         A[t] = E @ q_t
-        start.append(q_t @ F)
-        rest.append((q_t * F) @ h0)
+        start.append(q_t @ kept)
+        rest.append((q_t * kept) @ h0)
         q.append(q_t)
         rms.append(h.square().mean(-1).sqrt())
     return MemoryWeights("memory", A[None], values[None], torch.stack(start), torch.stack(rest)[None],
