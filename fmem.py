@@ -214,18 +214,18 @@ class FactorizationMemory(nn.Module):
         y_t, h = self.read_step(x_t, h)
         return self.W_o(y_t), h
 
-    def read(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`forward` without W_o."""
-        theta, phi, rows = self.route(x)
+    def read(self, x: Tensor, h: Tensor | None, routed: tuple | None = None) -> tuple[Tensor, Tensor]:
+        """`forward` without W_o. routed: theta, phi and rows, if they are known already."""
+        theta, phi, rows = routed or self.route(x)
         if rows is not None:                            # masked, not gathered: a chunk of tokens meets nearly all rows
             zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)
             theta, phi = zeros.scatter(-1, rows, theta), zeros.scatter(-1, rows, phi)
         xbar = self.W_i(x)                                                                      # eq. 9
         return scan(theta, phi, xbar, h, self.config.norm_eps, self.config.scan, self.config.recompute)     # eqs. 10, 11
 
-    def read_step(self, x_t: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def read_step(self, x_t: Tensor, h: Tensor | None, routed: tuple | None = None) -> tuple[Tensor, Tensor]:
         """`step` without W_o."""
-        theta, phi, rows = self.route(x_t)
+        theta, phi, rows = routed or self.route(x_t)
         xbar, eps = self.W_i(x_t), self.config.norm_eps                                         # eq. 9
         h = wide(xbar).new_zeros(len(x_t), self.config.n_rows, self.config.d_memory) if h is None else h
         if fast and self.config.scan not in ("loop", "chunked") and not torch.is_grad_enabled():

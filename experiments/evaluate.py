@@ -198,7 +198,8 @@ def draw_recall(result, plt):
 
 @torch.no_grad()
 def record_routing(model, tokens, context, device):
-    """-> per layer: softmax [n, m] of eq. 4, alpha [n, m] after the top k, eta [n], mu [n]."""
+    """-> per layer: softmax [n, m] of eq. 4, alpha [n, m] of the write after the top k, eta [n], mu [n]; with a shared row, which
+    is none of the m, its two rates [n, 2], else [n, 0]."""
     memories = [block.memory for block in model.blocks]
     if not all(isinstance(memory, FactorizationMemory) for memory in memories):
         raise ValueError(f"--routing is about the memory; this model has {model.config.mixer}")
@@ -207,14 +208,15 @@ def record_routing(model, tokens, context, device):
     def watch(memory, kept):
         route = memory.route                            # the method of the class
 
-        def watching(x):
-            theta, phi, rows = route(x)
+        def watching(x, *before):
+            theta, phi, rows = route(x, *before)
             soft = torch.softmax(memory.W_alpha(x).double() / memory.config.tau, -1)
             eta, mu = (rate(x).double().sigmoid()[..., 0] for rate in (memory.w_eta, memory.w_mu))
-            alpha = theta.double() / eta[..., None]
+            m = soft.shape[-1]
+            alpha, shared = theta[..., :m].double() / eta[..., None], torch.cat([theta[..., m:], phi[..., m:]], -1).double()
             if rows is not None:
                 alpha = torch.zeros_like(soft).scatter(-1, rows, alpha)
-            kept.append([v.flatten(0, 1).cpu() for v in (soft, alpha, eta, mu)])
+            kept.append([v.flatten(0, 1).cpu() for v in (soft, alpha, eta, mu, shared)])
             return theta, phi, rows
 
         memory.route = watching
@@ -234,7 +236,7 @@ def entropy(p):
     return -torch.special.xlogy(p, p).sum(-1)
 
 
-def describe(soft, alpha, eta, mu, tokens, context, words):
+def describe(soft, alpha, eta, mu, shared, tokens, context, words):
     """What --routing reports of one layer. tokens [n]: the texts the layer read."""
     n, m = alpha.shape
     use, top = alpha.mean(0), alpha.argmax(-1)
@@ -260,7 +262,15 @@ def describe(soft, alpha, eta, mu, tokens, context, words):
             "moves": (top[1:] != top[:-1])[inside].double().mean().item(), "moves_if_random": 1 - share.square().sum().item(),
             "told_by_token": told, "told_by_most_common": common,
             "eta": [eta.mean().item(), eta.std().item()], "mu": [mu.mean().item(), mu.std().item()],
-            "half_life": quantiles, "use": use.tolist(), "collected": collected}
+            "half_life": quantiles, "use": use.tolist(), "collected": collected,
+            **({"shared_row": shared_row(*shared.unbind(1))} if shared.numel() else {})}
+
+
+def shared_row(eta, mu):
+    """The same of the row that every token writes and reads."""
+    half_life = math.log(2) / (-torch.log1p(-eta.clamp(max=1 - 1e-9))).mean().clamp(min=1e-12)
+    return {"eta": [eta.mean().item(), eta.std().item()], "mu": [mu.mean().item(), mu.std().item()],
+            "half_life": half_life.item()}
 
 
 def measure_routing(model, checkpoint, folder, device, n_tokens):
@@ -274,7 +284,7 @@ def measure_routing(model, checkpoint, folder, device, n_tokens):
     words[enc.eot_token] = "<|endoftext|>"
     seen = record_routing(model, tokens, context, device)
     layers = [describe(*layer, tokens, context, words) for layer in seen]
-    m = model.config.n_rows
+    m = seen[0][0].shape[1]                             # rows that tokens are routed to
     table(["layer", "entropy", f"rows per token (of {m})", "rows used", "dead", "top row moves", "if random", "told by token",
            "by most common", "eta", "mu", "half-life: min, median, max"],
           [[i, f"{s['entropy']:.2f}", f"{s['rows_per_token']:.1f}", f"{s['rows_used']:.1f}", f"{s['dead']:.0%}",
@@ -282,6 +292,10 @@ def measure_routing(model, checkpoint, folder, device, n_tokens):
             f"{s['moves_if_random']:.0%}", f"{s['told_by_token']:.0%}", f"{s['told_by_most_common']:.0%}",
             f"{s['eta'][0]:.2f}", f"{s['mu'][0]:.2f}", "{:.0f}, {:.0f}, {:.0f}".format(*s["half_life"][::2])]
            for i, s in enumerate(layers)])
+    for i, s in enumerate(layers):
+        if "shared_row" in s:
+            print(f"layer {i}, the shared row: eta {s['shared_row']['eta'][0]:.2f}, mu {s['shared_row']['mu'][0]:.2f}, "
+                  f"half-life {s['shared_row']['half_life']:.1f}")
     for i, s in enumerate(layers):
         print(f"\nlayer {i}, the tokens that each row takes most often beyond its average:")
         for row, collected in enumerate(s["collected"]):

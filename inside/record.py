@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fmem import FactorizationMemory, FMem
 from variants.attention import Attention, rotate
+from variants.extended import ExtendedMemory
 from variants.mamba2 import Mamba2
 
 
@@ -95,11 +96,10 @@ def weights_of(layer: torch.nn.Module, x: Tensor, state=None) -> Weights:
 
 
 def of_memory(layer: FactorizationMemory, x: Tensor, state) -> MemoryWeights:
-    h0, u = state, x
-    if hasattr(layer, "conv"):                          # ExtendedMemory: its state is (h, last inputs of the convolution)
-        h0, last = state or (None, None)
-        u = layer.conv(x, last)[0] if layer.conv else x
-    theta, phi, rows = layer.route(u)
+    if isinstance(layer, ExtendedMemory):
+        u, (theta, phi, rows), h0, _ = layer.enter(x, state)
+    else:
+        u, (theta, phi, rows), h0 = x, layer.route(x), state
     if rows is not None:
         zeros = theta.new_zeros(*theta.shape[:-1], layer.config.n_rows)
         theta, phi = zeros.scatter(-1, rows, theta), zeros.scatter(-1, rows, phi)

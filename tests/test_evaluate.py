@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import sample as sample_py
 from data import recall, token_files
 from experiments import evaluate
-from tests.helpers import ROOT, error, log_rows
+from tests.helpers import ROOT, error, log_rows, tiny_model
 from training.checkpoint import load_checkpoint, model_from
 
 
@@ -167,8 +167,9 @@ def test_eval_routing(run20, corpus):
     tokens = torch.randint(100, (n,))
     words = list(map(str, range(200)))
     eta, flat = torch.full((n,), 0.5, dtype=torch.float64), torch.full((n, m), 1 / m, dtype=torch.float64)
+    none = torch.zeros(n, 0)
     hard = F.one_hot(tokens % 4, m).double()                            # the token alone decides, half of the rows are dead
-    got = evaluate.describe(flat, hard, eta, eta, tokens, context, words)
+    got = evaluate.describe(flat, hard, eta, eta, none, tokens, context, words)
     assert got["entropy"] == pytest.approx(math.log(m)) and got["rows_per_token"] == pytest.approx(1)
     assert got["rows_used"] == pytest.approx(4, rel=0.02) and got["dead"] == 0.5 and got["told_by_token"] > 0.98
     assert got["moves"] == pytest.approx(0.75, abs=0.06) and got["moves_if_random"] == pytest.approx(0.75, abs=0.01)
@@ -177,20 +178,31 @@ def test_eval_routing(run20, corpus):
     # a write of 1/2 to a quarter of the tokens: ln 2 / (ln 2 / 4) = 4 tokens
     assert got["half_life"][0] == pytest.approx(4, rel=0.2) and got["half_life"][-1] > 1e9
     same_row = F.one_hot(torch.zeros(n, dtype=torch.long), m).double()
-    got = evaluate.describe(flat, same_row, eta, eta, tokens, context, words)
+    got = evaluate.describe(flat, same_row, eta, eta, none, tokens, context, words)
     assert got["moves"] == 0 and got["rows_used"] == pytest.approx(1) and got["told_by_most_common"] == 1
     # tokens that the first half of the text does not have tell nothing
-    assert evaluate.describe(flat, hard, eta, eta, torch.arange(n), context, list(map(str, range(n))))["told_by_token"] < 0.3
+    words = list(map(str, range(n)))
+    assert evaluate.describe(flat, hard, eta, eta, none, torch.arange(n), context, words)["told_by_token"] < 0.3
+    assert "shared_row" not in got
+    rates = torch.tensor([[0.75, 0.25], [0.75, 0.35]], dtype=torch.float64).repeat(n // 2, 1)
+    got = evaluate.describe(flat, hard, eta, eta, rates, tokens, context, words)["shared_row"]
+    assert got["eta"] == [pytest.approx(0.75), pytest.approx(0)] and got["mu"][0] == pytest.approx(0.3)
+    assert got["half_life"] == pytest.approx(0.5)                       # 3/4 at every token: half of it twice
     # and what is recorded is what the layer does
     model = model_from(checkpoint, "cpu")
     seen = evaluate.record_routing(model, tokens[:48] % 50, context, torch.device("cpu"))
-    soft, alpha, eta, mu = seen[0]
+    soft, alpha, eta, mu, shared = seen[0]
+    assert shared.shape == (48, 0)
     assert soft.shape == alpha.shape == (48, 8) and torch.allclose(soft.sum(-1), torch.ones(48).double())
     assert ((alpha > 0).sum(-1) == 2).all() and torch.allclose(alpha.sum(-1), torch.ones(48).double(), atol=1e-6)
     x = model.blocks[0].memory_norm(model.embed(tokens[:24] % 50))
     theta, _, rows = model.blocks[0].memory.route(x)
     assert torch.allclose((alpha * eta[:, None])[:24].gather(-1, rows), theta.double(), atol=1e-6)
     assert "route" not in vars(model.blocks[0].memory)                  # nobody watches any more
+    model = tiny_model(shared_row=True, shift=True, k_rows=3).eval()
+    soft, alpha, eta, mu, shared = evaluate.record_routing(model, tokens[:48] % 50, context, torch.device("cpu"))[0]
+    assert soft.shape == alpha.shape == (48, 7) and ((alpha > 0).sum(-1) == 3).all() and shared.shape == (48, 2)
+    assert torch.allclose(alpha.sum(-1), torch.ones(48).double(), atol=1e-6) and (shared == 0.5).all()     # as it starts
 
 
 def test_eval_command(run20, corpus, recall_runs, tmp_path, capsys):

@@ -289,7 +289,7 @@ def test_router_lr(corpus, tmp_path):
 def test_a_checkpoint_from_before_the_mixers_is_resumed(run20, tmp_path):
     """Fields that are younger than a checkpoint have their defaults."""
     old = load_checkpoint(run20[0] / "last.pt")
-    young = ("mixer", "conv", "gate", "n_head", "n_kv_head", "d_state", "ablation")
+    young = ("mixer", "conv", "gate", "n_head", "n_kv_head", "d_state", "ablation", "shared_row", "shift", "read_rank")
     for name in young:
         del old["config"][name], old["settings"][name]
     del old["settings"]["router_lr"], old["settings"]["keep_every"]

@@ -7,14 +7,17 @@ import torch
 import torch.nn.functional as F
 
 import train as train_py
-from fmem import FMem
+from fmem import FMem, scan_loop
 from tests.helpers import error, log_rows, same, settings, tiny, tiny_config, tiny_model
 from training.checkpoint import model_from
 from variants.ablations import aux_loss
 from variants.build import ModelConfig, build, layer_of, n_parameters
 
 MIXERS = {"attention": dict(mixer="attention", n_head=4, n_kv_head=2), "mamba2": dict(mixer="mamba2", n_head=2, d_state=5),
-          "conv": dict(conv=3), "gate": dict(gate=True), "both": dict(conv=4, gate=True, k_rows=None)}
+          "conv": dict(conv=3), "gate": dict(gate=True), "both": dict(conv=4, gate=True, k_rows=None),
+          "shared": dict(shared_row=True), "shared, dense": dict(shared_row=True, k_rows=None), "shift": dict(shift=True),
+          "read_rank": dict(read_rank=2), "shared, shift": dict(shared_row=True, shift=True),
+          "all": dict(conv=3, gate=True, shared_row=True, shift=True, read_rank=2)}
 
 
 ABLATIONS = "eta=1", "mu=1", "eta=0.8", "mu=0.8", "untied", "norm_after", "no_renorm", "balance=0.01"
@@ -30,7 +33,7 @@ def mixer64(**changes):
     layer.init_weights(lambda weight, scale=1.0: torch.nn.init.normal_(weight, std=scale / weight.shape[1] ** 0.5), 1.0)
     with torch.no_grad():
         for name, p in layer.named_parameters():
-            if name.startswith(("w_", "D", "norm", "gate_norm")):
+            if name.startswith(("w_", "D", "norm", "gate_norm", "shift", "W_read_out")):
                 p.add_(torch.randn_like(p))
     return layer
 
@@ -83,10 +86,39 @@ def mamba2_reference(layer, x):
     return torch.stack(ys)
 
 
+def routed_reference(layer, u):
+    """theta, phi of one text with a shared row, a shifted write, a read of its own: token by token, from the equations."""
+    config, theta, phi = layer.config, [], []
+
+    def affinity(logits):
+        alpha = torch.exp(logits / config.tau) / torch.exp(logits / config.tau).sum()
+        chosen = alpha >= alpha.sort(descending=True).values[config.k_rows - 1] if config.k_rows else alpha >= 0
+        return alpha * chosen / (alpha * chosen).sum()
+
+    for t in range(len(u)):
+        logits = layer.W_alpha.weight @ u[t]
+        write = read = logits
+        if config.shift:
+            lam = 1 / (1 + torch.exp(-layer.shift))
+            write = (1 - lam) * logits + lam * (layer.W_alpha.weight @ u[t - 1] if t else 0)
+        if config.read_rank:
+            read = logits + layer.W_read_out.weight @ (layer.W_read_in.weight @ u[t])
+        theta.append(torch.sigmoid(layer.w_eta.weight[0] @ u[t]) * affinity(write))
+        phi.append(torch.sigmoid(layer.w_mu.weight[0] @ u[t]) * affinity(read))
+        if config.shared_row:
+            rates = torch.sigmoid(layer.w_shared.weight @ u[t])
+            theta[-1], phi[-1] = torch.cat([theta[-1], rates[:1]]), torch.cat([phi[-1], rates[1:]])
+    return torch.stack(theta), torch.stack(phi)
+
+
 def extended_reference(layer, x):
     """ExtendedMemory's equation around the plain memory's read."""
     u = conv_reference(layer.conv, x) if layer.config.conv else x
-    y = layer.read(u[None], None)[0][0]
+    if layer.config.shared_row or layer.config.shift or layer.config.read_rank:
+        theta, phi = routed_reference(layer, u)
+        y = scan_loop(theta[None], phi[None], u[None] @ layer.W_i.weight.T, None, layer.config.norm_eps)[0][0]
+    else:
+        y = layer.read(u[None], None)[0][0]
     if layer.config.gate:
         g = x @ layer.W_g.weight.T
         y = y * g * torch.sigmoid(g)
@@ -191,7 +223,7 @@ def test_mixers_have_as_many_parameters(size):
         return counted
     plain = parameters()
     for changes in (dict(mixer="attention"), dict(mixer="mamba2"), dict(conv=4, gate=True), dict(gate=True), dict(conv=4),
-                    *(dict(ablation=a) for a in ABLATIONS)):
+                    dict(shared_row=True, shift=True), dict(read_rank=8), *(dict(ablation=a) for a in ABLATIONS)):
         assert parameters(**changes) == pytest.approx(plain, rel=0.02)
     assert parameters(mixer="mamba2", d_mlp=8) < 0.9 * plain           # a width that is asked for is taken
 
@@ -242,7 +274,9 @@ def test_ablations_do_what_they_say():
     (dict(mixer="attention", n_head=16), "even"), (dict(n_head=0), "n_head"), (dict(mixer="mamba2", gate=True), "do not go with"),
     (dict(ablation="eta"), "eta=NUMBER"), (dict(ablation="eta=2"), "eta=NUMBER"), (dict(ablation="mu=x"), "mu=NUMBER"),
     (dict(ablation="untied=1"), "untied"), (dict(ablation="tau=1"), "not one of"), (dict(d_state=0), "d_state"),
-    (dict(mixer="mamba2", d_state=9999), "set d_mlp")])
+    (dict(mixer="mamba2", d_state=9999), "set d_mlp"), (dict(shared_row=True, k_rows=8), "k_rows must be below"),
+    (dict(shared_row=1), "shared_row"), (dict(shift="yes"), "shift"), (dict(read_rank=-1), "read_rank"),
+    (dict(shift=True, mixer="attention"), "do not go with"), (dict(shared_row=True, ablation="untied"), "does not go with")])
 def test_config_of_mixers_says_what_is_wrong(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(**changes)

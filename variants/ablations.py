@@ -71,10 +71,10 @@ class AblatedMemory(ExtendedMemory):
             eta, mu = torch.sigmoid(wide(self.w_eta(x))), torch.sigmoid(wide(self.w_mu(x)))
             return eta * alpha, read if self.change == "norm_after" else mu * read, None
 
-    def read(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def read(self, x: Tensor, h: Tensor | None, routed: tuple | None = None) -> tuple[Tensor, Tensor]:
         if self.change != "norm_after":
-            return super().read(x, h)
-        theta, alpha, _ = self.route(x)
+            return super().read(x, h, routed)
+        theta, alpha, _ = routed or self.route(x)
         huge = 1e16                                     # next to this eps a row's length is nothing: y = sum_i alpha_i h_i / 1e8
         form = "fast" if self.config.scan in ("auto", "kernel") and x.device.type != "mps" else self.config.scan
         y, h = scan(theta, alpha, self.W_i(x), h, huge, form, self.config.recompute)
@@ -82,9 +82,9 @@ class AblatedMemory(ExtendedMemory):
         mu = torch.sigmoid(wide(self.w_mu(x)))
         return (mu * y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.config.norm_eps)).to(x.dtype), h
 
-    def read_step(self, x_t: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def read_step(self, x_t: Tensor, h: Tensor | None, routed: tuple | None = None) -> tuple[Tensor, Tensor]:
         if self.change != "norm_after":
-            return super().read_step(x_t, h)
+            return super().read_step(x_t, h, routed)
         y, h = self.read(x_t[:, None], h)
         return y[:, 0], h
 

@@ -10,7 +10,8 @@ from variants.attention import Attention
 from variants.extended import ExtendedMemory
 from variants.mamba2 import Mamba2
 
-PLAIN = dict(mixer="memory", conv=0, gate=False, ablation="")
+PLAIN = dict(mixer="memory", conv=0, gate=False, shared_row=False, shift=False, read_rank=0, ablation="")
+EXTENDED = "conv", "gate", "shared_row", "shift", "read_rank"
 
 
 @dataclass
@@ -22,6 +23,9 @@ class ModelConfig(FMemConfig):
     """
     conv: int = 0                   # tokens of a short convolution before the projections; 0: none
     gate: bool = False              # output gate
+    shared_row: bool = False        # a row that every token writes and reads
+    shift: bool = False             # the token before has a part in the write's routing
+    read_rank: int = 0              # rank of a difference between the affinities of read and write; 0: none
     mixer: str = "memory"           # the layer: "memory", "attention" or "mamba2"
     n_head: int | None = None       # of attention (None: of width 32) and Mamba-2 (None: of width 64)
     n_kv_head: int | None = None    # key and value heads of attention; None: n_head
@@ -31,12 +35,20 @@ class ModelConfig(FMemConfig):
     def __post_init__(self):
         matched = self.d_mlp is None
         super().__post_init__()
-        if type(self.conv) is not int or not 0 <= self.conv <= 2**24 or type(self.gate) is not bool:
-            raise ValueError(f"conv must be a whole number, 0 to 2**24, and gate True or False, not {self.conv!r}, {self.gate!r}")
+        for name in ("conv", "read_rank"):
+            if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) <= 2**24:
+                raise ValueError(f"{name} must be a whole number, 0 to 2**24, not {getattr(self, name)!r}")
+        for name in ("gate", "shared_row", "shift"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.shared_row and (self.k_rows or 1) >= self.n_rows:
+            raise ValueError(f"with shared_row, k_rows must be below n_rows ({self.n_rows}): one row is not routed to")
         if self.mixer not in ("memory", "attention", "mamba2"):
             raise ValueError(f'mixer must be "memory", "attention" or "mamba2", not {self.mixer!r}')
-        if self.mixer != "memory" and (self.conv or self.gate or self.ablation):
-            raise ValueError(f"conv, gate and ablation change the memory; they do not go with mixer {self.mixer}")
+        if self.mixer != "memory" and (self.ablation or any(getattr(self, name) for name in EXTENDED)):
+            raise ValueError(f"{', '.join(EXTENDED)} and ablation change the memory; they do not go with mixer {self.mixer}")
+        if self.ablation and (self.shared_row or self.shift or self.read_rank):
+            raise ValueError("an ablation does not go with shared_row, shift or read_rank: both change the routing")
         for name in ("n_head", "n_kv_head", "d_state"):
             value = getattr(self, name)
             if value is None and name != "d_state":
@@ -58,7 +70,7 @@ def layer_of(config: ModelConfig) -> type[nn.Module]:
         return {"attention": Attention, "mamba2": Mamba2}[config.mixer]
     if config.ablation:
         return AblatedMemory
-    return ExtendedMemory if config.conv or config.gate else FactorizationMemory
+    return ExtendedMemory if any(getattr(config, name) for name in EXTENDED) else FactorizationMemory
 
 
 def build(config: ModelConfig) -> FMem:
