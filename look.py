@@ -89,9 +89,12 @@ def look(a):
         raise ValueError(f"{path}: its weights lead to numbers that are not finite")
     kind = {"memory": "Factorization Memory", "attention": "a Transformer", "mamba2": "Mamba-2"}[model.config.mixer]
     rows = f", {model.config.n_rows} rows, {model.config.k_rows or model.config.n_rows} per token" * (layers[0].kind == "memory")
+    shares, half = layers[0].shares()[0].abs(), len(tokens) // 2
+    away = (torch.arange(len(tokens))[:, None] - torch.arange(len(tokens))) * shares        # how far back a token reads
+    show = half + away.sum(1)[half:].argmax().item()
     about = f"{kind}: {len(layers)} layers{rows}. {path}, step {checkpoint['step']:,}, trained on {checkpoint['corpus']}."
     data = page_data(layers, logits, tokens, words, model.config.norm_eps, made=given, state=bool(before), conv=model.config.conv,
-                     show=len(tokens) * 3 // 4, about=printable(about, ""))
+                     show=show, about=printable(about, ""))
     write(a.out, page(data))
     return data
 

@@ -11,6 +11,7 @@ resumed; its checkpoints are in out-experiments/NAME, and its figures are one li
 """
 import argparse
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -59,6 +60,15 @@ RECALL_MODELS = {"m=16": "--n_rows 16 --k_rows 4", "m=64": "", "m=64, untied": "
 MQAR_ONLY = "untied", "lr="              # parts of the names of models that are not trained on the passkey
 
 
+# the changes of variants/extended.py, alone and together
+CHANGES = {"shared": "--shared_row", "shift": "--shift", "conv": "--conv 4", "gate": "--gate"}
+# recall again, with the rate swept for every model, four times as long
+RATES = "4e-3", "16e-3", "8e-3", "2e-3", "1e-3"
+RATED = {"shift": "--shift", "shared+shift": "--shared_row --shift", "paper": "", "shared": "--shared_row",
+         "transformer": "--mixer attention --n_head 4", "mamba2": "--mixer mamba2", "conv+gate": "--conv 4 --gate",
+         "conv+gate+shift": "--conv 4 --gate --shift", "read_rank": "--read_rank 8"}
+
+
 SHOWN = f"routing/sparse_{SEEDS[0]}"     # whose rows and sentence the page shows
 
 
@@ -95,6 +105,13 @@ def experiments():
     for name in SPREAD:
         runs[f"ablation-routing/{name}"] = (
             f"python -m experiments.evaluate {OUT}/ablation/{name}_{SEEDS[0]}/last.pt --routing --tokens 16384")
+    for some in (some for n in range(1, 5) for some in itertools.combinations(CHANGES, n)):
+        options = " ".join(CHANGES[name] for name in some)
+        runs[f"changes/{'+'.join(some)}_{SEEDS[0]}"] = f"python train.py {SIZE} {options} --lr 8e-3 --max_steps 500"
+    for lr in RATES:
+        for model, options in RATED.items():
+            size = "--context 64 --batch_size 32 --max_steps 4800 --eval_every 400"
+            runs[f"rates/{model}_{lr}_{SEEDS[0]}"] = f"python train.py --data mqar {RECALL} {size} {options} --lr {lr}"
     for m, k in ROWS:
         for tau in TAUS:
             runs[f"rows/{m}_{k}_{tau}_{SEEDS[0]}"] = rows_command(m, k, tau, SEEDS[0])

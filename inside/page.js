@@ -148,6 +148,7 @@ function paint(canvas, width, height, value, hue = "--one") {
 function bar(value, text, most = 1) {
   const length = make("b", {className: value < 0 ? "two" : ""});
   length.style.width = `${100 * Math.min(Math.abs(value) / most, 1)}%`;
+  length.hidden = Math.abs(value) < 0.0005 * most;
   return make("td", {className: "bar"}, make("div", {}, length, text));
 }
 

@@ -9,9 +9,9 @@ import torch
 import look
 from data.tokenizer import token_strings
 from fmem import FMemConfig
+from inside.browser import browser, missing, opened
 from inside.page import MARK, page, page_data, visible, words_of
 from inside.record import record
-from tests.browser import browser, missing, opened
 from tests.helpers import error, tiny_model
 from tests.test_look import LAYERS
 from training.checkpoint import load_checkpoint, tokenizer_of

@@ -1,5 +1,6 @@
 """Training: resume, batches, evaluation, optimiser, skipped steps, checkpoints kept."""
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -18,6 +19,7 @@ from tests.helpers import error, log_rows, same, settings, tiny
 from training import tasks
 from training.batches import Batches, Streams
 from training.checkpoint import load_checkpoint, model_from, save_checkpoint
+from training.log import draws, sparkline
 from training.optimizer import learning_rate, make_optimizer
 from training.options import PRESETS, Settings
 from training.run import step_seed
@@ -309,3 +311,25 @@ def test_a_checkpoint_from_before_the_house_is_resumed(run20, tmp_path):
     resumed = train_py.train({"out": str(tmp_path / "out"), "resume": True, "max_steps": 21})
     assert resumed["step"] == 21 and resumed["settings"]["scan"] == resumed["config"]["scan"] == "fast"
     assert model_from(load_checkpoint(tmp_path / "out/best.pt"), "cpu").config.scan == "fast"
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def test_the_loss_so_far_is_drawn_in_a_terminal(corpus, tmp_path):
+    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁" and sparkline([1.0]) == "▁" and sparkline([]) == "" == sparkline([math.nan])
+    assert sparkline([1, math.inf, 2]) == "▁ █" and len(sparkline(list(range(1000)))) == 60
+    assert sparkline(list(range(1000)))[0] == "▁" and sparkline(list(range(1000)))[-1] == "█"
+    given = settings(corpus, tmp_path / "out", max_steps=10)
+    terminal = Terminal()
+    with contextlib.redirect_stdout(terminal):
+        train_py.train(given)
+    drawn = [line.split() for line in terminal.getvalue().splitlines() if "so far" in line]
+    losses = [loss for _, loss in log_rows(tmp_path / "out", "val_loss")][:2]
+    assert [bars for bars, *_ in drawn] == ["▁", sparkline(losses)]
+    terminal.encoding = "ascii"                         # a terminal that has no bars, and what is no terminal
+    assert not draws(terminal) and not draws(io.StringIO())

@@ -1,7 +1,30 @@
 """log.csv and the loss curve."""
 import contextlib
 import csv
+import math
 import os
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values, most=60):
+    """Numbers as a line of bars between the smallest and the largest of them; of more than `most`, as many at equal distances."""
+    if len(values) > most:
+        values = [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return ""
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    return "".join(BARS[int((v - low) / span * (len(BARS) - 1) + 0.5)] if math.isfinite(v) else " " for v in values)
+
+
+def draws(stream):
+    """Whether a stream is a terminal that shows bars."""
+    try:
+        BARS.encode(stream.encoding)
+        return stream.isatty()
+    except (AttributeError, LookupError, TypeError, UnicodeEncodeError, ValueError):
+        return False
 
 
 class Log:
@@ -35,6 +58,10 @@ class Log:
             with contextlib.suppress(OSError):          # or Python tries again at its end, and complains again
                 self.file.close()
             raise
+
+    def validation(self):
+        """The validation losses so far."""
+        return [float(row["val_loss"]) for row in self.rows if row.get("val_loss")]
 
     def draw(self, path):
         try:

@@ -1,6 +1,7 @@
 """The state of a run beside its model: which step it is at, what is logged, evaluated and saved, and when."""
 import dataclasses
 import math
+import sys
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from training.batches import Streams, detached
 from training.checkpoint import FORMAT, save_checkpoint, sharded
-from training.log import Log
+from training.log import Log, draws, sparkline
 from training.optimizer import set_learning_rate
 
 
@@ -143,6 +144,8 @@ class Run:
 
     def validate_and_save(self):
         loss = self.validate(self.s.eval_tokens, "eval")
+        if self.log and draws(sys.stdout):
+            self.say(f"          {sparkline(self.log.validation())} validation loss so far")
         better = loss < self.best                               # never, if it is not a number
         self.best = loss if better else self.best
         self.save()

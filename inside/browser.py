@@ -1,4 +1,4 @@
-"""Chromium for the tests of pages: the system's, driven by playwright, without a network."""
+"""A real browser for the pages, to test them and to take their pictures: the system's Chromium, driven by playwright."""
 import contextlib
 import shutil
 
