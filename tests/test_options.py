@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+import look
 import sample as sample_py
 import train as train_py
 from data import prepare
@@ -63,15 +64,18 @@ VALUES = ["0", "a\nb", "-1", "nan", "inf", "1000000000000", "x", "", "1e400", "\
                               "device", "save-state", "load-state")),
     *(("eval", o) for o in ("long", "tokens", "data", "json", "figure", "device")), ("eval", None),
     *(("prepare", o) for o in ("input", "val", "out", "field", "tokenizer", "vocab_size", "workers", "shard_tokens", "check")),
+    *(("look", o) for o in ("checkpoint", "prompt", "generate", "tokens", "data", "load-state", "seed", "out")),
     *(("bench", o) for o in ("out",)), *(("experiments", o) for o in ("jobs",))])
 def test_absurd_values_for_the_other_programs(program, option, run20, corpus, tmp_path, capsys, monkeypatch):
     """Every option that takes a value, with every one of these: it works, or one line says what is wrong."""
     best = str(run20[0] / "best.pt")
     (tmp_path / "a.txt").write_text(some_text(300), encoding="utf-8")
     base = {"sample": {"checkpoint": best, "max_new_tokens": "2"}, "eval": {"tokens": "500"},
+            "look": {"checkpoint": best, "tokens": "20"},
             "prepare": {"input": str(tmp_path / "a.txt"), "out": str(tmp_path / "out"), "vocab_size": "260"},
             "bench": {}, "experiments": {}}[program]
-    main = {"sample": sample_py, "eval": evaluate, "prepare": prepare, "bench": bench_scan, "experiments": run}[program].main
+    main = {"sample": sample_py, "look": look, "eval": evaluate, "prepare": prepare, "bench": bench_scan,
+            "experiments": run}[program].main
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "DEFAULT", tmp_path / "default")       # prepared folders belong beside it
     monkeypatch.setattr(bench_scan, "table_forms", lambda quick: [])
