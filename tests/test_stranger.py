@@ -25,7 +25,7 @@ def stranger(tmp_path):
     checkout, here, site = tmp_path / "checkout", tmp_path / "here", tmp_path / "site"
     for folder in (checkout, here, site, tmp_path / "bin"):
         folder.mkdir()
-    for path in SOURCES:
+    for path in [*SOURCES, *ROOT.glob("inside/page.*")]:
         (checkout / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, checkout / path.relative_to(ROOT))
     (site / "sitecustomize.py").write_text("""
@@ -61,7 +61,7 @@ def test_on_a_strangers_machine(stranger):
              "--sample_tokens", 2]
     for program, *arguments in (["data/prepare.py", "--input", "mine.txt", "--out", "d", "--vocab_size", 280],
                                 ["train.py", *short, "--compile"], ["sample.py", "--max_new_tokens", 3],
-                                ["evaluate", "out/best.pt", "--loss", "--json", "e.json"]):
+                                ["look.py", "--tokens", 20], ["evaluate", "out/best.pt", "--loss", "--json", "e.json"]):
         process = stranger(program, *arguments)
         said, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
@@ -80,6 +80,7 @@ def test_on_a_strangers_machine(stranger):
             ["Permission denied", "sample.py", "--checkpoint", "secret.pt"],
             ["Permission denied", "sample.py", "--prompt", "FILE:secret.pt"],
             ["Permission denied", "sample.py", "--max_new_tokens", 2, "--save-state", "closed/s"],
+            ["Permission denied", "look.py", "--tokens", 9, "--out", "closed/look.html"],
             ["Permission denied", "evaluate", "out/best.pt", "--json", "closed/e.json"],
             ["needs matplotlib: pip install", "evaluate", "out/best.pt", "--routing", "--tokens", 100, "--figure", "f.png"],
             ["cannot be written to", "data/prepare.py", "--input", "mine.txt", "--out", "closed/d"],
