@@ -7,6 +7,7 @@ for the figures; without it only the text is written.
 import json
 
 from experiments.run import MODELS, results
+from experiments.sections_changes import changes_section
 from experiments.sections_inside import ablation_section, routing_section, speed
 from experiments.sections_quality import long, recall_section, rows_section, short
 from experiments.tables import HERE, NAMES, Figures, over_seeds, spread, table, training_row
@@ -118,7 +119,7 @@ def pages(draw=True):
     bench = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     figures = Figures(draw)
     sections = [short(done, bench, figures), long(done, figures), rows_section(done, figures), speed(bench, figures),
-                recall_section(done, figures), routing_section(done, figures), ablation_section(done)]
+                recall_section(done, figures), routing_section(done, figures), ablation_section(done), changes_section(done)]
     conclusions = (HERE / "results/conclusions.md").read_text(encoding="utf-8").strip()
     page = f"""# Results
 
