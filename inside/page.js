@@ -126,6 +126,7 @@ const shown = id => word(id).replaceAll("\n", "⏎").replaceAll(" ", "␣") || "
 const percent = v => `${(100 * v).toFixed(Math.abs(v) < 0.0995 ? 1 : 0)} %`;
 const number = v => !isFinite(v) ? "∞" : v && Math.abs(v) < 0.001 ? v.toExponential(1) : v >= 100 ? Math.round(v).toLocaleString("en") : v.toPrecision(3);
 const shade = v => Math.sqrt(Math.min(Math.abs(v), 1));      // so that a share of 1 % can be seen
+const rowName = (layer, i) => layer.shared && i === layer.m - 1 ? "shared" : String(i);
 const name = t => `${t + 1}: ${shown(data.tokens[t])}`;
 const style = property => getComputedStyle(document.documentElement).getPropertyValue(property).trim();
 const rgb = hex => [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16));
@@ -247,12 +248,12 @@ function showWrites() {
   add("line", {x1: 0, x2: m, y1: 0, y2: 0});
   picture.onmousemove = event => {
     const box = picture.getBoundingClientRect(), i = Math.min(Math.floor(m * (event.clientX - box.x) / box.width), m - 1);
-    $("bars-at").textContent = `row ${i}: writes θ = ${number(theta[i])}, reads φ = ${number(phi[i])}`;
+    $("bars-at").textContent = `row ${rowName(layer, i)}: writes θ = ${number(theta[i])}, reads φ = ${number(phi[i])}`;
   };
   $("bars").replaceChildren(picture);
-  $("bars-at").textContent = `Rows 0 to ${m - 1} from left to right. Longest bars: θ = ${number(most[0])}, φ = ${number(most[1])}.`;
+  $("bars-at").textContent = `Rows 0 to ${m - 1} from left to right${layer.shared ? ", the last for all tokens" : ""}. Longest bars: θ = ${number(most[0])}, φ = ${number(most[1])}.`;
   $("rates").replaceChildren(...[`update rate η = ${layer.eta[t].toFixed(3)}`, `merge rate μ = ${layer.mu[t].toFixed(3)}`,
-    `entropy of the affinity ${layer.entropy[t].toFixed(2)} of ${Math.log(m).toFixed(2)} nats`].map(text => make("span", {}, text)));
+    `entropy of the affinity ${layer.entropy[t].toFixed(2)} of ${Math.log(m - layer.shared).toFixed(2)} nats`].map(text => make("span", {}, text)));
   $("writes-note").textContent = `Token ${name(t)}. θ (blue, up): the share of a row that it overwrites. φ (orange, down): the weight that it ` +
     "reads the row with. Each on its own scale.";
 }
@@ -267,7 +268,7 @@ function showRows() {
   const {m} = layer, body = $("rows-body");
   if (body.childNodes.length !== m || body.dataset.layer !== String(view.layer)) {
     body.dataset.layer = view.layer;
-    body.replaceChildren(...Array.from({length: m}, (_, i) => make("tr", {}, cell(String(i), "n"),
+    body.replaceChildren(...Array.from({length: m}, (_, i) => make("tr", {}, cell(rowName(layer, i), "n"),
       make("td", {className: "share"}, make("canvas")), cell(""), cell("", "n"), cell("", "n"), cell("", "n"), cell("", "n"))));
   }
   for (let i = 0; i < m; i++) {
@@ -320,7 +321,7 @@ const maps = {
     if (x === null || !shownLayers.length) return void ($("heat-at").textContent = "");
     const row = Math.floor(y * shownLayers.reduce((sum, layer) => sum + layer.m, 0)), layer = shownLayers[Math.floor(row / shownLayers[0].m)];
     const i = row % shownLayers[0].m;
-    $("heat-at").textContent = `layer ${layers.indexOf(layer) + 1}, row ${i}, token ${name(t)}: θ = ${number(layer.theta[t * layer.m + i])}, φ = ${number(layer.phi[t * layer.m + i])}`;
+    $("heat-at").textContent = `layer ${layers.indexOf(layer) + 1}, row ${rowName(layer, i)}, token ${name(t)}: θ = ${number(layer.theta[t * layer.m + i])}, φ = ${number(layer.phi[t * layer.m + i])}`;
   }),
   read: stage("read-map", (x, y) => {
     const s = Math.floor(x * T), t = Math.floor(y * T);

@@ -57,8 +57,8 @@ def layer_data(seen: Weights, eps: float) -> dict:
     columns = {"theta": seen.theta, "phi": seen.phi, "rms": seen.rms[1:]}
     if not torch.allclose(seen.q, seen.phi / (seen.rms[1:].square() + eps).sqrt()):
         columns["q"] = seen.q                                       # the norm comes after the merge, an ablation
-    return {"kind": "memory", "m": m, "k": k, "eps": eps, "rows": packed(rows, torch.uint16), "rms_before": packed(seen.rms[0]),
-            **{name: packed(values.gather(1, rows)) for name, values in columns.items()},
+    return {"kind": "memory", "m": m, "k": k, "eps": eps, "shared": seen.shared, "rms_before": packed(seen.rms[0]),
+            "rows": packed(rows, torch.uint16), **{name: packed(values.gather(1, rows)) for name, values in columns.items()},
             "eta": rounded(seen.eta), "mu": rounded(seen.mu), "entropy": rounded(seen.entropy)}
 
 

@@ -58,6 +58,7 @@ class MemoryWeights(Weights):
     eta: Tensor         # [T] update rate, eq. 5
     mu: Tensor          # [T] merge rate, eq. 6
     entropy: Tensor     # [T] entropy of the affinity before the top k, in nats
+    shared: bool        # whether the last row is one that no token is routed to (variants/extended.py)
 
     def contents(self, t: int) -> tuple[Tensor, Tensor]:
         """E_t [t + 1, m], the weight of each token so far in each row after token t, and F_t [m], that of the row's start."""
@@ -125,7 +126,8 @@ def of_memory(layer: FactorizationMemory, x: Tensor, state) -> MemoryWeights:
         q.append(q_t)
         rms.append(h.square().mean(-1).sqrt())
     return MemoryWeights("memory", A[None], values[None], torch.stack(start), torch.stack(rest)[None],
-                         theta, phi, torch.stack(q), torch.stack(rms), eta, mu, -(log_alpha.exp() * log_alpha).sum(-1))
+                         theta, phi, torch.stack(q), torch.stack(rms), eta, mu, -(log_alpha.exp() * log_alpha).sum(-1),
+                         log_alpha.shape[-1] < m)
 
 
 def of_attention(layer: Attention, x: Tensor, state) -> Weights:

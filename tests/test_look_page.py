@@ -12,7 +12,7 @@ from fmem import FMemConfig
 from inside.browser import browser, missing, opened
 from inside.page import MARK, page, page_data, visible, words_of
 from inside.record import record
-from tests.helpers import error, tiny_model
+from tests.helpers import ROOT, error, tiny_model
 from tests.test_look import LAYERS
 from training.checkpoint import load_checkpoint, tokenizer_of
 from variants.build import ModelConfig, build
@@ -97,7 +97,37 @@ def test_what_each_row_holds_is_shown(chrome, tmp_path):
                 assert float(age) == pytest.approx(mean.item(), abs=0.06)
             if seen.half_life()[i] < 100:
                 assert float(half) == pytest.approx(seen.half_life()[i].item(), rel=0.01)
+        assert "shared" not in page.inner_text("#rows-body")
         assert any("still" in row[0] for row in rows) == bool((seen.half_life() > 0.69 * 30 / 1e-3).any())
+
+
+@needs_browser
+def test_a_shared_row_is_shown_apart(chrome, tmp_path):
+    path, layers, _ = made_page(tmp_path, tiny_model(shared_row=True, shift=True))
+    assert layers[0].shared and layers[0].entropy.max() <= math.log(7) + 1e-9
+    with opened(chrome, path) as page:
+        names = [row[1] for row in page.eval_on_selector_all("#rows-body tr", CELLS)]
+        assert names == [*map(str, range(7)), "shared"] and "of 1.95 nats" in page.inner_text("#rates")     # ln 7
+        assert "the last for all tokens" in page.inner_text("#bars-at") and not page.said
+
+
+# Machado, Oliveira and Fernandes (2009): linear RGB as people without one kind of cones see it.
+BLIND = {"protan": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+         "deutan": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+         "tritan": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304))}
+
+
+def test_the_two_colours_can_be_told_apart():
+    """By colour-blind people too, in both schemes: at least a quarter of the way from black to white apart."""
+    css = (ROOT / "inside/page.css").read_text(encoding="utf-8")
+    pairs = re.findall(r"--one: (#\w{6}); --two: (#\w{6})", css)
+    assert len(pairs) == 2
+    for pair in pairs:
+        linear = [[(int(c[i:i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5)] for c in pair]
+        for kind, matrix in BLIND.items():
+            seen = [[max(sum(w * v for w, v in zip(row, colour, strict=True)), 0) ** (1 / 2.2) for row in matrix]
+                    for colour in linear]
+            assert math.dist(*seen) > 0.25 * math.sqrt(3), kind
 
 
 HOSTILE = ("</script><script>document.title='run'</script>", "<img src=x onerror=\"document.title='run'\">", "<!--", "]]>",
