@@ -154,6 +154,16 @@ def test_nothing_in_a_text_can_run(run20, chrome, tmp_path):
 
 
 @needs_browser
+def test_no_single_token_can_end_the_data(chrome, tmp_path):
+    words = [HOSTILE[i % len(HOSTILE)] for i in range(50)]
+    path, _, tokens = made_page(tmp_path, tiny_model(), words=words)
+    with opened(chrome, path) as page:
+        assert page.title() == "Inside the memory" and not page.said and page.locator("script").count() == 2
+        text = page.eval_on_selector_all("#text span", "spans => spans.map(s => s.textContent)")
+        assert text == [words[token] for token in tokens.tolist()]
+
+
+@needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_page_stays_where_it_is(width, dark, run20, chrome, tmp_path):
