@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fast
 import train as train_py
 from fmem import FMem, scan_loop
-from tests.helpers import error, log_rows, same, settings, tiny, tiny_config, tiny_model
+from tests.helpers import GPU, by_steps, error, kernel, log_rows, same, settings, tiny, tiny_config, tiny_model
 from training.checkpoint import model_from
 from variants.ablations import aux_loss
 from variants.build import ModelConfig, build, layer_of, n_parameters
@@ -297,3 +298,30 @@ def test_training_with_every_mixer(name, corpus, tmp_path):
     assert same(half["model"], whole["model"]) and same(resumed["model"], whole["model"])
     model = model_from(resumed, "cpu")
     assert same(model.state_dict(), whole["model"])
+
+
+@pytest.mark.parametrize("scan", ["loop", "chunked", "fast", "kernel"])
+def test_changed_routing_in_every_form(scan):
+    """A shared row, a shifted write and a read of its own go through every form of the scan, and of the step."""
+    changes = dict(shared_row=True, shift=True, read_rank=2, n_rows=16, k_rows=3)
+    torch.manual_seed(0)
+    model = tiny_model(scan=scan, **changes)
+    torch.manual_seed(0)
+    plain = tiny_model(scan="loop", **changes)
+    for layer in [*model.blocks, *plain.blocks]:        # what starts at 0 is moved, alike in both
+        torch.manual_seed(1)
+        for weight in (layer.memory.w_shared.weight, layer.memory.W_read_out.weight):
+            torch.nn.init.normal_(weight, std=0.3)
+    tokens = torch.randint(50, (2, 37))
+    want, _ = plain(tokens)
+    with torch.no_grad():
+        got, state = model(tokens[:, :30])
+        logits, _ = by_steps(model.eval(), tokens[:, :30])
+    # float32: some hundreds of roundings, in another order
+    assert error(got, want[:, :30]) < 1e-5 and error(torch.stack(logits, 1), want[:, :30]) < 1e-5
+    with torch.no_grad():
+        assert error(model(tokens[:, 30:], state)[0], want[:, 30:]) < 1e-5
+    gradients = [torch.autograd.grad(m(tokens)[0].square().mean(), list(m.parameters())) for m in (model, plain)]
+    assert all(error(a, b, 1e-6) < 1e-4 for a, b in zip(*gradients, strict=True))
+    if scan == "kernel" and kernel and not GPU:
+        assert fast.choose("kernel", "cpu", 16, 24)[0] == "kernel"      # in the interpreter: it was the kernels that ran
