@@ -7,13 +7,19 @@ from experiments.tables import NAMES, table
 SEED = SEEDS[0]
 
 
+def changed(done):
+    """{set of changes: nats per token} of all that were run, the unchanged memory included."""
+    losses = {frozenset(name.removeprefix("changes/").rpartition("_")[0].split("+")): line["result"]["nats"]
+              for name, line in done.items() if name.startswith("changes/")}
+    return {frozenset(): done[f"short/sparse_{SEED}"]["result"]["nats"], **losses}
+
+
 def changes_table(done):
     """Loss of every set of changes that was run, best first, beside the models of section 1 with the same seed and budget."""
-    losses = {"+".join(name.split("/")[1].rsplit("_", 1)[0].split("+")): line["result"]["nats"]
-              for name, line in done.items() if name.startswith("changes/")}
-    base = done[f"short/sparse_{SEED}"]["result"]["nats"]
-    rows = [[" ".join(f"`{CHANGES[part]}`" for part in name.split("+")), f"{nats:.3f}", f"{nats - base:+.3f}"]
-            for name, nats in sorted(losses.items(), key=lambda item: item[1])]
+    losses = changed(done)
+    base = losses.pop(frozenset())
+    rows = [[" ".join(f"`{option}`" for name, option in CHANGES.items() if name in some), f"{nats:.3f}", f"{nats - base:+.3f}"]
+            for some, nats in sorted(losses.items(), key=lambda item: item[1])]
     for model in ("sparse", "transformer", "mamba2", "extended"):
         nats = done[f"short/{model}_{SEED}"]["result"]["nats"]
         wider = ", rows twice as wide" if model == "extended" else ""
@@ -23,10 +29,7 @@ def changes_table(done):
 
 def effects(done):
     """Mean over the other changes of what one change does: with it, less without it."""
-    losses = {frozenset(name.split("/")[1].rsplit("_", 1)[0].split("+")): line["result"]["nats"]
-              for name, line in done.items() if name.startswith("changes/")}
-    losses[frozenset()] = done[f"short/sparse_{SEED}"]["result"]["nats"]
-    rows = []
+    losses, rows = changed(done), []
     for name in CHANGES:
         moved = {some: losses[some | {name}] - nats for some, nats in losses.items() if name not in some and some | {name} in losses}
         best, worst = min(moved, key=moved.get), max(moved, key=moved.get)
