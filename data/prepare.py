@@ -1,10 +1,12 @@
 """Turn text into what train.py reads: files of tokens and the tokenizer that made them.
 
     python data/prepare.py                                   # 37 plays of Shakespeare, into data/default
+    python data/prepare.py --corpus enwik8                   # one by name, into data/enwik8; --corpus list shows them
     python data/prepare.py --input a.txt books/ --out data/mine  # your own: files and folders of any size
 
-It reads .txt (UTF-8, one document), .jsonl and .jsonl.gz (a document per line, in the field --field) and .parquet (a document
-per row; needs pyarrow), in pieces, so that a corpus may be larger than memory. token_files.py says what a prepared folder holds.
+It reads .txt and .txt.gz (UTF-8, one document), .jsonl and .jsonl.gz (a document per line, in the field --field) and .parquet
+(a document per row; needs pyarrow), in pieces, so that a corpus may be larger than memory. token_files.py says what a prepared
+folder holds. What --corpus downloads is kept in data/downloads (download.py says how).
 
 Every document ends with <|endoftext|>. The splits are made of whole documents (a single text gives its last tenth to
 validation). The folder appears all at once when it is complete; a prepared folder is replaced only with --overwrite. Until
@@ -12,7 +14,6 @@ then the work is kept in a hidden folder beside it, and after a kill the same co
 result depend on the input and the options alone, not on --workers or on where a run was stopped.
 """
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -21,21 +22,18 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:                                     # locks on files are for Unix
-    fcntl = None
-
 if not __package__:                                     # run as a script, which puts data/ on the path, not its parent
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.corpora import default_corpus
+from data.corpora import CORPORA, default_corpus
+from data.download import locked
 from data.messages import DataError, one_line, printable
-from data.sources import READERS, Source, find_sources, read_text, split
+from data.sources import READERS, SUFFIXES, Source, find_sources, read_text, split
 from data.token_files import DEFAULT, file_hash, load, meta_hash, shard_name, write_json, write_tokens
 from data.tokenizer import PIECE, cut, dump_tokenizer, encode, load_tokenizer, make_tokenizer, tokenizer_hash
 
@@ -121,21 +119,6 @@ class Progress:
             self.last = now
 
 
-@contextlib.contextmanager
-def locked(path):
-    """Only one process at a time gets in here with the same path. Raises DataError in the others."""
-    with open(path, "w") as lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise DataError(f"{path} is held by another process that prepares the same folder; wait for it") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
 def begun_work(work, plan):
     """What an earlier, interrupted call with the same plan has left in the folder `work`: its progress, or None."""
     try:
@@ -147,11 +130,12 @@ def begun_work(work, plan):
 
 
 def prepare(out=DEFAULT, documents=None, val_names=None, corpus=None, tokenizer="bpe", vocab_size=1024,
-            overwrite=False, field="text", workers=None, shard_tokens=2**26):
+            overwrite=False, field="text", workers=None, shard_tokens=2**26, test_names=()):
     """Write a prepared folder. Raises DataError, OSError.
 
-    documents: {name: text}, a list of Source, or None for the default corpus. val_names: those to validate on (None: see
-    `split`). workers: threads that tokenize (None: one per core). shard_tokens: more in a split go to several files.
+    documents: {name: text}, a list of Source, None for the default corpus, or a function that gives it: -> documents, val_names,
+    test_names, corpus. val_names: those to validate on (None: see `split`). test_names: those of a third split, to test on.
+    workers: threads that tokenize (None: one per core). shard_tokens: more in a split go to several files.
     """
     out, workers = Path(out), workers or os.cpu_count() or 1
     if not 256 <= vocab_size <= 2**20:
@@ -168,9 +152,11 @@ def prepare(out=DEFAULT, documents=None, val_names=None, corpus=None, tokenizer=
                         f"python train.py --data DIR reads it there")
     if documents is None:
         documents, val_names, corpus = default_corpus()
+    elif callable(documents):
+        documents, val_names, test_names, corpus = documents()
     if isinstance(documents, dict):
         documents = [Source(name, text=text) for name, text in documents.items() if text]
-    splits, total = split(documents, val_names), sum(source.size for source in documents)
+    splits, total = split(documents, val_names, test_names), sum(source.size for source in documents)
     print(printable(f"data: {corpus}, {len(documents):,} files, {total:,} bytes"), flush=True)
     work, old = out.parent / f".{out.name}.part", out.parent / f".{out.name}.old"
     plan = [[source.identity() for source in sources] for sources, _ in splits.values()]
@@ -254,8 +240,8 @@ def write_folder(work, splits, corpus, tokenizer, vocab_size, field, workers, sh
             path.unlink()                               # the last one is empty
             count, size = sum(state["counts"]), state["bytes"]
             if not count:
-                raise DataError(f"no document is left for {'training' if name == 'train' else 'validation'}; "
-                                f"--val FILE says which are for validation")
+                purpose = {"train": "training", "val": "validation", "test": "the test"}[name]
+                raise DataError(f"no document is left for {purpose}; --val FILE says which are for validation")
             print(f"data: {name} {state['documents']:,} documents, {size:,} bytes, {count:,} tokens of {enc.n_vocab:,} kinds, "
                   f"{size / count:.2f} bytes per token", flush=True)
             meta[name] = {"sources": [source.name for source in sources[:1000]], "documents": state["documents"], "bytes": size,
@@ -265,11 +251,19 @@ def write_folder(work, splits, corpus, tokenizer, vocab_size, field, workers, sh
     return meta
 
 
+def list_corpora():
+    """What --corpus knows: a line for each, without any download."""
+    for name, corpus in CORPORA.items():
+        print(f"{name:16}{corpus.size:60}{corpus.licence:18}{corpus.place}")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description="Prepare a corpus for train.py.", allow_abbrev=False)
     p.error = lambda message: p.exit(2, f"data/prepare.py: error: {one_line(message)}; --help lists the options\n")
-    p.add_argument("--input", nargs="+", metavar="PATH", help=f"files, and folders of files that end with {', '.join(READERS)} "
+    p.add_argument("--input", nargs="+", metavar="PATH", help=f"files, and folders of files that end with {', '.join(SUFFIXES)} "
                    "(default: Shakespeare)")
+    p.add_argument("--corpus", metavar="NAME", help="a corpus by name, fetched where it is not here yet; list: shows them")
+    p.add_argument("--gb", type=float, default=2.0, help="of fineweb-edu, gigabytes of text (default: 2)")
     p.add_argument("--val", nargs="+", metavar="PATH", help="files and folders to validate on (default: a tenth of the input)")
     p.add_argument("--out", metavar="DIR", help="folder to write (default: data/default, or data/NAME of the first input)")
     p.add_argument("--field", default="text", help="field of .jsonl, or column of .parquet, that has the text (default: text)")
@@ -288,6 +282,9 @@ def main(argv=None):
             load(a.check, check=True)
             print(f"data: {a.check} is whole")
             return
+        if a.corpus == "list":
+            list_corpora()
+            return
         documents = val = corpus = None
         out = DEFAULT
         if a.workers is not None and a.workers < 1:
@@ -302,6 +299,14 @@ def main(argv=None):
                 documents = [source for source in documents if source.path.resolve() not in names] + val
         elif a.val:
             raise DataError("--val needs --input")
+        if a.corpus:
+            for wrong, what in ((a.input, "--corpus and --input exclude each other"),
+                                (a.corpus not in CORPORA, f"--corpus must be one of {', '.join(CORPORA)}, or list"),
+                                (not 0 < a.gb < 1e6, f"--gb must be above 0 and below a million, not {a.gb:g}")):
+                if wrong:
+                    raise DataError(what)
+            documents = partial(CORPORA[a.corpus].load, DEFAULT.parent / "downloads" / a.corpus, a.gb)
+            out = DEFAULT if a.corpus == "shakespeare" else DEFAULT.parent / a.corpus
         out = Path(a.out or out)
         prepare(out, documents, val and {source.name for source in val}, corpus, a.tokenizer, a.vocab_size, a.overwrite, a.field,
                 a.workers, a.shard_tokens)

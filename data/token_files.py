@@ -2,6 +2,7 @@
 
     train-00000.bin ...    64 bytes of header (HEADER below), then the tokens as uint16 or uint32; several files if many
     val-00000.bin ...      the same, to validate on
+    test-00000.bin ...     the same, to test on, where the corpus has such a part
     tokenizer.tiktoken     one line per token: its bytes in base64, its rank
     meta.json              the corpus, the sizes of each split, the tokenizer's pattern and special tokens, checksums
 """
@@ -16,7 +17,9 @@ import numpy as np
 from data.messages import DataError
 from data.tokenizer import load_tokenizer, tokenizer_hash
 
-DEFAULT = Path(__file__).resolve().parent / "default"   # where the default corpus is prepared
+HERE = Path(__file__).resolve().parent
+# Where the default corpus is prepared: beside this file; where the package is installed, in the working folder.
+DEFAULT = (HERE if (HERE.parent / "pyproject.toml").is_file() else Path("data")) / "default"
 
 HEADER = struct.Struct("<8sIIQ32s8x")                   # magic, version, bytes per token, tokens, tokenizer hash
 MAGIC, VERSION = b"FMEMTOKS", 1
@@ -104,8 +107,10 @@ def meta_hash(meta):
 CHECKED = 2**32     # bytes: of larger folders the checksums are compared only on request, since that takes seconds per GB
 
 
-def load(folder, check=None):
+def load(folder, check=None, held_out="val"):
     """A prepared folder -> (train Tokens, val Tokens, tokenizer fields, meta). Raises DataError.
+
+    held_out: "test" gives that part, if there is one, instead of val.
 
     meta.json has a checksum of each file and of itself, so that damage is noticed (the oldest folders have none). check: also
     compare those of the tokens (None: if they are at most CHECKED bytes).
@@ -115,7 +120,7 @@ def load(folder, check=None):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         fields = {**meta["tokenizer"], "ranks": (folder / "tokenizer.tiktoken").read_text(encoding="ascii")}
         tokenizer = tokenizer_hash(fields)
-        count = {name: meta[name].get("shards", 1) for name in ("train", "val")}
+        count = {name: meta[name].get("shards", 1) for name in ("train", "val", "test") if name in meta or name != "test"}
         sizes = [meta[name][what] for name in count for what in ("bytes", "tokens")] + [len(meta["corpus"]), *count.values()]
         if not all(type(n) is int and n > 0 for n in sizes) or max(count.values()) > 10**5:
             raise ValueError("meta.json has impossible sizes")
@@ -127,18 +132,20 @@ def load(folder, check=None):
             raise ValueError("it is damaged, a checksum differs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{folder} is not a prepared folder ({e}); run: python data/prepare.py --out {folder}") from None
-    enc, tokens = load_tokenizer(fields), []
+    if held_out not in shards:
+        raise DataError(f"{folder} has no part to {held_out} on; --corpus enwik8 and wikitext103 make one")
+    enc, tokens = load_tokenizer(fields), {}
     for name, names in shards.items():
         files = [read_tokens(folder / shard, tokenizer) for shard in names]
         if sum(map(len, files)) != meta[name]["tokens"] and "sha256" in meta:
             raise DataError(f"{folder} is damaged, tokens are missing; run: python data/prepare.py --out {folder} --overwrite")
-        tokens.append(Tokens(files, enc.n_vocab))
+        tokens[name] = Tokens(files, enc.n_vocab)
     if check is None:
-        check = sum(len(t) * t.dtype.itemsize for t in tokens) <= CHECKED
+        check = sum(len(t) * t.dtype.itemsize for t in tokens.values()) <= CHECKED
     if check and "sha256" in meta and any(file_hash(folder / shard) != meta["files"].get(shard)
                                           for names in shards.values() for shard in names):
         raise DataError(f"{folder} is damaged, a checksum differs; run: python data/prepare.py --out {folder} --overwrite")
-    return *tokens, fields, meta
+    return tokens["train"], tokens[held_out], fields, meta
 
 
 def write_json(path, value):

