@@ -332,7 +332,7 @@ class FMem(nn.Module):
         return self.head(x), state
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, generator: torch.Generator | None = None,
+                 top_p: float | None = None, generator: torch.Generator | list | None = None,
                  state: list | None = None) -> Iterator[Tensor]:
         """Continue tokens [B, T], T at least 1: yields one new token [B] at a time, max_new_tokens of them.
 
@@ -378,9 +378,9 @@ def copy_state(state):
 
 
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           generator: torch.Generator | None = None) -> Tensor:
+           generator: torch.Generator | list | None = None) -> Tensor:
     """logits [B, vocab_size] -> tokens [B]. top_k: only the k likeliest tokens. top_p: only the fewest likeliest tokens that
-    together reach probability p (after temperature and top_k). The generator must live on the logits' device."""
+    together reach probability p (after temperature and top_k). generator: on the logits' device; or a list of one per text."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = wide(logits)
@@ -394,4 +394,7 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
         ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)                  # the first is always kept
         probs = torch.zeros_like(probs).scatter(-1, where, ordered)
     # What torch.multinomial does for one draw, without its checks, for which a GPU would have to be waited for.
-    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+    noise = torch.empty_like(probs)
+    for rows, one in zip(noise.split(1), generator, strict=True) if isinstance(generator, list) else [(noise, generator)]:
+        rows.exponential_(generator=one)
+    return (probs / noise).argmax(-1)

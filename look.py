@@ -16,8 +16,8 @@ from data.messages import one_line, printable
 from data.tokenizer import encode
 from inside.page import MARK, page, page_data, words_of
 from inside.record import record
+from sampling.text_state import load_state, read_prompt
 from training.checkpoint import load_checkpoint, model_from, tokenizer_of
-from training.text_state import load_state, read_prompt
 
 MOST = 1024         # tokens that a page shows: the map of who reads whom has that many rows and columns
 

@@ -3,54 +3,46 @@
 Needs the checkpoint alone (the tokenizer is in it), and takes out/best.pt of the default run if none is named. The text
 appears as it is generated; the cost of a token does not grow with the text before it. --save-state keeps the model's state
 at the end of a text, a file whose size does not grow either, and --load-state continues from there as if it had never stopped.
+--interactive reads lines and continues them, each with the memory of all before.
 """
 import argparse
-import codecs
+import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from data.messages import one_line, printable
-from data.tokenizer import encode, token_strings
+from sampling.interactive import Conversation
+from sampling.text_state import load_state, read_prompt, save_state
+from sampling.texts import Writing
 from training.checkpoint import load_checkpoint, model_from, tokenizer_of
 from training.device import pick_device
-from training.text_state import load_state, read_prompt, save_state
+
+AT_ONCE = 32        # texts that are written side by side
 
 
-def stream(model, enc, prompt, device, seed, before=None, **choice):
-    """Print the prompt and what follows, whole characters at a time. Returns the number of tokens, the seconds they took, and
-    what a later call needs to continue (its argument `before`)."""
-    generator = torch.Generator(device).manual_seed(seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")    # holds back a character until it is complete
-    token, state = enc.eot_token, None                              # a text begins where the one before it ended
-    if before:
-        token, state = before["token"], before["state"]
-        generator.set_state(before["generator"].cpu())
-        if not prompt:
-            decoder.setstate((bytes(before["held"]), 0))
-    tokens, pieces = torch.tensor([token, *encode(enc, prompt).tolist()]), token_strings(enc)
-    print(printable(prompt), end="", flush=True)
-    texts = model.generate(tokens[None].to(device), generator=generator, state=state, **choice)
-    made, start = 0, None
-    while True:
-        try:
-            token = next(texts).item()
-        except StopIteration as end:
-            state = end.value                                       # of all tokens but the last
-            break
-        start = start or time.perf_counter()                        # the first token is the prompt's work
-        made += 1
-        if token == enc.eot_token:
-            state = None                                            # the next text has an empty memory
-            break
-        print(printable(decoder.decode(pieces[token])), end="", flush=True)
-    seconds = time.perf_counter() - start if start else 0.0
-    after = {"token": token, "state": state, "generator": generator.get_state(), "held": list(decoder.getstate()[0])}
-    print(printable(decoder.decode(b"", final=True)))
-    return max(made - 1, 0), seconds, after
+def write(a, model, enc, device, prompt, before, choice):
+    """Write and print the texts that the options `a` ask for. Returns the last Writing, and tokens and seconds of all."""
+    made, seconds, left = 0, 0.0, a.num_samples
+    for first in range(0, a.num_samples, AT_ONCE):
+        seeds = range(a.seed + first, a.seed + min(first + AT_ONCE, a.num_samples))
+        writing = Writing(model, enc, prompt, device, seeds, before, a.stop, **choice)
+        begun = False
+        for _, piece in writing.in_order():
+            if a.json:
+                continue
+            if not begun:
+                print(printable(prompt), end="", flush=True)
+            begun = piece is not None
+            left -= piece is None
+            print(printable(piece) if begun else "\n" + "-" * 20 * (left > 0), end="" if begun else "\n", flush=True)
+        for text in writing.texts if a.json else ():
+            print(json.dumps({"seed": text.seed, "prompt": prompt, "text": text.shown, "tokens": text.tokens,
+                              "logprobs": [round(p, 5) for p in writing.log_probs(text)], "end": text.end}), flush=True)
+        made, seconds = made + max(writing.count - len(writing.texts), 0), seconds + writing.seconds
+    return writing, made, seconds
 
 
 def main(argv=None):
@@ -58,12 +50,15 @@ def main(argv=None):
     p.error = lambda message: p.exit(2, f"sample.py: error: {one_line(message)}; --help lists the options\n")
     p.add_argument("--checkpoint", metavar="FILE", help="default: out/best.pt, else out/last.pt")
     p.add_argument("--prompt", default="", help="text to continue, FILE:path, or - for standard input (default: none)")
-    p.add_argument("--num_samples", type=int, default=1, help="texts to write (default: 1)")
+    p.add_argument("--interactive", action="store_true", help="read lines and continue them; /help lists the commands")
+    p.add_argument("--num_samples", type=int, default=1, help="texts to write, side by side (default: 1)")
     p.add_argument("--max_new_tokens", type=int, default=300, help="tokens per text, fewer if it ends itself (default: 300)")
     p.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: 0.8)")
     p.add_argument("--top_k", type=int, help="choose among the k likeliest tokens only")
     p.add_argument("--top_p", type=float, default=0.95, help="choose among the likeliest tokens of this total probability "
                    "(default: 0.95)")
+    p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end a text before this; may be given again")
+    p.add_argument("--json", action="store_true", help="a line per text: text, tokens, log probabilities, why it ended")
     p.add_argument("--seed", type=int, default=1337, help="of the first text; the next has the next (default: 1337)")
     p.add_argument("--save-state", metavar="FILE", type=Path, help="keep the model's state at the end of the text")
     p.add_argument("--load-state", metavar="FILE", type=Path, help="continue that text (the prompt, if any, comes next)")
@@ -75,8 +70,12 @@ def main(argv=None):
         torch.set_flush_denormal(True)
         if a.num_samples < 1:
             raise ValueError(f"--num_samples must be at least 1, not {a.num_samples}")
-        if not 0 <= a.seed < 2**63:
+        if not 0 <= a.seed <= 2**63 - a.num_samples:
             raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {a.seed}")
+        if "" in a.stop:
+            raise ValueError("--stop needs some text")
+        if a.interactive and (a.num_samples > 1 or a.json or a.save_state):
+            raise ValueError("--interactive is one text, without --num_samples, --json and --save-state; /save keeps its memory")
         if a.save_state and (a.num_samples > 1 or a.max_new_tokens < 1):
             raise ValueError("--save-state keeps one text, with at least one token written: --num_samples 1, --max_new_tokens 1")
         best = Path("out/best.pt")
@@ -87,14 +86,13 @@ def main(argv=None):
         about = f"{path}: step {checkpoint['step']}, trained on {checkpoint['corpus']}; device {device} ({why})"
         print(printable(about) + "\n", file=sys.stderr)
         prompt, before = read_prompt(a.prompt), a.load_state and load_state(a.load_state, model, device)
-        made = seconds = 0
-        for i in range(a.num_samples):
-            n, t, after = stream(model, enc, prompt, device, a.seed + i, before, max_new_tokens=a.max_new_tokens,
-                                 temperature=a.temperature, top_k=a.top_k, top_p=a.top_p)
-            made, seconds = made + n, seconds + t
-            print("-" * 20 if i + 1 < a.num_samples else "", flush=True)
+        choice = dict(max_new_tokens=a.max_new_tokens, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p)
+        if a.interactive:
+            Conversation(model, enc, device, a.seed, before, a.stop, **choice).run(prompt)
+            return
+        writing, made, seconds = write(a, model, enc, device, prompt, before, choice)
         if a.save_state:
-            save_state(after, a.save_state, model)
+            save_state(writing.after(), a.save_state, model)
         if made > 0:
             print(f"{made / seconds:.0f} tokens/s, the prompt not counted", file=sys.stderr)
     except BrokenPipeError:                             # the reader has enough of it, as `head` does

@@ -10,15 +10,17 @@ def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tu
     """A step of all layers and the choice of the next token as one CUDA graph: a function that returns the next token [B] and
     moves the state on, in place. The memory never grows, so one recording serves for any number of tokens.
 
-    token [B]: the last one chosen. sample(logits, *choice) chooses; the last entry of choice is its generator or None. None where
-    there is no GPU, a layer keeps more than one tensor, or it cannot be recorded, for which a line on stderr gives the reason.
+    token [B]: the last one chosen. sample(logits, *choice) chooses; the last entry of choice is its generator, a list of one per
+    text, or None. None where there is no GPU, a layer keeps more than one tensor, or it cannot be recorded, for which a line on
+    stderr gives the reason.
     """
     if not token.is_cuda or not all(isinstance(h, Tensor) for h in state):
         return None
     # A step changes a memory in place only if it is contiguous; else the graph would replay a frozen one.
     state[:] = [h.contiguous() for h in state]
-    token, before, generator = token.clone(), [token.clone(), *(h.clone() for h in state)], choice[-1]
-    randomness = torch.cuda.get_rng_state(token.device) if generator is None else generator.get_state()
+    token, before = token.clone(), [token.clone(), *(h.clone() for h in state)]
+    generators = choice[-1] if isinstance(choice[-1], list) else [choice[-1]] if choice[-1] is not None else []
+    randomness = torch.cuda.get_rng_state(token.device), [generator.get_state() for generator in generators]
 
     def step():
         # Autocast's cache of narrow weights would be freed with its context, and the graph would read what comes after them.
@@ -29,7 +31,7 @@ def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tu
 
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(token.device)
     try:
-        if generator is not None:
+        for generator in generators:
             graph.register_generator_state(generator)
         side.wait_stream(torch.cuda.current_stream(token.device))
         with torch.cuda.stream(side):
@@ -44,10 +46,9 @@ def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tu
         print(f"fmem: no CUDA graph for the steps: {why}", file=sys.stderr)
     for now, then in zip([token, *state], before, strict=True):      # the trial steps have not happened
         now.copy_(then)
-    if generator is None:
-        torch.cuda.set_rng_state(randomness, token.device)
-    else:
-        generator.set_state(randomness)
+    torch.cuda.set_rng_state(randomness[0], token.device)
+    for generator, then in zip(generators, randomness[1], strict=True):
+        generator.set_state(then)
 
     def replay():
         graph.replay()

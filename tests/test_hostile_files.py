@@ -18,6 +18,7 @@ import train as train_py
 from data import messages, prepare, token_files, tokenizer
 from experiments import evaluate
 from fmem import FMem
+from sampling import text_state
 from tests.helpers import (
     EVERY_KIND,
     MUTATIONS,
@@ -31,7 +32,7 @@ from tests.helpers import (
     tiny,
     zoo,
 )
-from training import checkpoint, sharded, text_state
+from training import checkpoint, sharded
 from training.checkpoint import check_state, load_checkpoint, model_from, save_checkpoint
 
 

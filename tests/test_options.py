@@ -61,9 +61,10 @@ VALUES = ["0", "a\nb", "-1", "nan", "inf", "1000000000000", "x", "", "1e400", "\
 
 @pytest.mark.parametrize("program, option", [
     *(("sample", o) for o in ("checkpoint", "prompt", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
-                              "device", "save-state", "load-state")),
+                              "device", "save-state", "load-state", "stop")),
     *(("eval", o) for o in ("long", "tokens", "data", "json", "figure", "device", "split")), ("eval", None),
-    *(("prepare", o) for o in ("input", "val", "out", "field", "tokenizer", "vocab_size", "workers", "shard_tokens", "check", "corpus", "gb")),
+    *(("prepare", o) for o in ("input", "val", "out", "field", "tokenizer", "vocab_size", "workers", "shard_tokens", "check",
+                               "corpus", "gb")),
     *(("look", o) for o in ("checkpoint", "prompt", "generate", "tokens", "data", "load-state", "seed", "out")),
     *(("bench", o) for o in ("out",)), *(("experiments", o) for o in ("jobs",))])
 def test_absurd_values_for_the_other_programs(program, option, run20, corpus, tmp_path, capsys, monkeypatch):

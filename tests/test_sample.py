@@ -13,6 +13,8 @@ import torch
 import sample as sample_py
 import train as train_py
 from data import token_files, tokenizer
+from data.messages import printable
+from sampling.texts import Writing
 from tests.helpers import ROOT, SLOW, raw_text, settings, shown, some_text, survived
 
 
@@ -98,22 +100,20 @@ def test_a_saved_state_continues_as_if_never_stopped(mixer, corpus, tmp_path, ca
         assert "\n" not in str(e.value)
 
 
-def test_stream_never_cuts_a_character(corpus, capsys):
+def test_a_character_is_never_cut(corpus):
     """A model that says given bytes one token at a time: characters appear whole, what is no UTF-8 as U+FFFD."""
     enc = tokenizer.load_tokenizer(token_files.load(corpus)[2])
     said = "é東🙂".encode() + b"\xff" + b"a\x1b[2J"
 
     class Parrot:
-        def generate(self, tokens, **_):
-            for b in said:
-                yield torch.tensor([enc.encode_single_token(bytes([b]))])
-                shown = capsys.readouterr().out
-                assert "\ufffd" not in shown or b in (0xff, 0x1b, 0x61), shown
-                self.shown = getattr(self, "shown", "") + shown
+        def generate(self, tokens, *_, **__):
+            return (torch.tensor([enc.encode_single_token(bytes([b]))]) for b in said)
 
-    parrot = Parrot()
-    made, _, _ = sample_py.stream(parrot, enc, "", "cpu", 0)
-    assert parrot.shown == "é東🙂\ufffda\ufffd[2J" and made == len(said) - 1
+    writing, shown = Writing(Parrot(), enc, "", "cpu", [0]), ""
+    for b, (_, piece) in zip(said, writing, strict=False):
+        assert "\ufffd" not in piece or b in (0xff, 0x61), piece
+        shown += printable(piece)
+    assert shown == "é東🙂\ufffda\ufffd[2J" and writing.count == len(said)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def read_prompt(prompt):
 
 
 def save_state(after, path, model):
-    """Write what `sample.stream` returned. Raises OSError."""
+    """Write what texts.Writing.after gave. Raises OSError."""
     save_checkpoint({"format": FORMAT, "model": fingerprint(model), **after}, path)
 
 
@@ -37,7 +37,7 @@ def fingerprint(model):
 
 
 def load_state(path, model, device):
-    """What `sample.stream` returned, from a file of `save_state`. Raises ValueError, one line, if it is not one of this model."""
+    """What texts.Writing.after gave, from a file of `save_state`. Raises ValueError, one line, if it is not one of this model."""
     before = load_checkpoint(path, device, FORMAT, "sample.py --save-state")
     if before.get("model") != fingerprint(model):
         raise ValueError(f"{path} belongs to another model")
