@@ -160,17 +160,19 @@ def test_prepare_command(tmp_path):
     assert not (tmp_path / "p").exists()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "cl100k", "o200k"])
+PATTERNS = {"gpt2": tokenizer.GPT2_PATTERN,
+            "cl100k": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"""
+                      r"""\s*[\r\n]|\s+(?!\S)|\s""",
+            "o200k": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
+                     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}"""
+                     r"""\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|"""
+                     r"""\s+(?!\S)|\s+"""}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
 def test_pieces_have_the_tokens_of_the_whole(name, corpus, monkeypatch):
     """A cut falls where every tokenizer's pattern ends a word; and where there is no such place, no character is lost."""
-    patterns = {"gpt2": tokenizer.GPT2_PATTERN,
-                "cl100k": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"""
-                          r"""\s*[\r\n]|\s+(?!\S)|\s""",
-                "o200k": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
-                         r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}"""
-                         r"""\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|"""
-                         r"""\s+(?!\S)|\s+"""}
-    enc = tokenizer.load_tokenizer({**token_files.load(corpus)[2], "pat_str": patterns[name]})
+    enc = tokenizer.load_tokenizer({**token_files.load(corpus)[2], "pat_str": PATTERNS[name]})
     rng = random.Random(0)
     monkeypatch.setattr(tokenizer, "PIECE", 40)
     whole = 0
