@@ -441,8 +441,7 @@ def test_first_losses(corpus, tmp_path):
 def test_train_resume_sample(corpus, tmp_path, capsys):
     """The three commands in a row, on two threads; the resumed run is the unbroken one, bit for bit."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    runs = {name: settings(corpus, tmp_path / name, max_steps=8, eval_every=4) for name in ("whole", "broken")}
+    runs = {name: settings(corpus, tmp_path / name, max_steps=8, eval_every=4, threads="2") for name in ("whole", "broken")}
     for name, steps in (("whole", 8), ("broken", 4)):
         train_py.main([f"--{k}={v}" for k, v in {**runs[name], "max_steps": steps, "lr": 1e-3, "min_lr": 1.0}.items()])
     train_py.main(["--out", runs["broken"]["out"], "--resume", "--max_steps", "8"])

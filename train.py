@@ -32,6 +32,7 @@ from training.options import Settings, check_together, parse, settle
 from training.processes import Processes, Stop, end_at_once
 from training.run import Run
 from training.tasks import task_of
+from training.threads import Threads
 from variants.ablations import aux_loss
 from variants.build import ModelConfig, build
 
@@ -51,6 +52,7 @@ def train(given):
     if saved.exists() and not (s.resume or s.overwrite):
         raise ValueError(f"{saved.out} holds a run; --resume continues it, --out DIR starts another, --overwrite replaces it")
     local, micro = check_together(s, processes, saved)
+    threads = Threads(s.threads, device, processes.say)
     processes.join(device, s.fsdp)
     saved.out.mkdir(parents=True, exist_ok=True)
 
@@ -65,7 +67,7 @@ def train(given):
     optimizer = make_optimizer(model, s, device)
     saved.restore(model, optimizer)
     amp = autocast(device, dtype)
-    run = Run(s, saved, processes, task, config, model, optimizer, device, amp, local, micro)
+    run = Run(s, saved, processes, task, config, model, optimizer, device, amp, local, micro, threads)
     scan = fast.choose(config.scan, device, config.n_rows, config.d_memory)
     run.introduce((device, why_device), (dtype, why_dtype), scan, saved)
     net = try_compile(model, task.batches(0)[:micro, :-1].to(device), amp, processes.say) if s.compile else model

@@ -78,15 +78,17 @@ class Conversation:
         while True:
             try:
                 line, prompt = prompt or input("> " if terminal else ""), ""
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print(flush=True)
+                continue
+            try:
                 if line.startswith("/") and not line.startswith("//"):
                     if not self.command(line):
                         return
                 else:
                     self.turn(line[1:] if line.startswith("//") else line)
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                print(flush=True)
             except BrokenPipeError:
                 raise
             except (ValueError, OSError, RuntimeError) as e:

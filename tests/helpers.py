@@ -29,7 +29,7 @@ GPU = torch.cuda.is_available()
 torch.set_flush_denormal(True)
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for path in ROOT.glob("**/*.py") if not {part for part in path.relative_to(ROOT).parts
-                                                                if part.startswith((".", "out"))})
+                                                                if part.startswith((".", "out")) or part == "build"})
 
 # FMEM_SLOW=1 python -m pytest -m slow runs the tests of endurance at full length; their figures go to
 # experiments/results/survives.json and from there, by experiments.report, to docs/robustness.md. Else each runs a short form.

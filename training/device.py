@@ -27,8 +27,6 @@ def pick_device(name, local_rank=0):
             raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
         torch.cuda.set_device(device)
         why += f", {torch.cuda.get_device_name(device)}"
-    if device.type == "cpu":
-        why += f", {torch.get_num_threads()} threads"
     return device, why
 
 

@@ -27,12 +27,24 @@ def draws(stream):
         return False
 
 
+def events(folder, step):
+    """A writer of event files for TensorBoard, which leaves out what an earlier part of the run wrote after `step`. Raises
+    ValueError where the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--log tensorboard needs the package tensorboard; pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
 class Log:
-    """log.csv. On resume the rows after the checkpoint are dropped, for those steps are done again."""
+    """log.csv, and with `tensorboard` the same numbers as event files beside it. On resume the rows after the checkpoint are
+    dropped, for those steps are done again."""
     columns = ("step", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second",
                "val_loss", "val_bpb", "val_tokens", "val_accuracy", "skipped")
 
-    def __init__(self, path, step):
+    def __init__(self, path, step, tensorboard=False):
+        self.events = events(path.parent, step) if tensorboard else None
         self.rows, kept = [], path.with_name(f".{path.name}.tmp")
         if step and path.is_file():
             with open(path, newline="", encoding="utf-8") as f:     # a row that a kill cut short has columns of None
@@ -49,6 +61,10 @@ class Log:
         self.writer = csv.DictWriter(self.file, self.columns, lineterminator="\n")
 
     def write(self, **row):
+        if self.events:
+            for name in row.keys() - {"step"}:
+                self.events.add_scalar(name, row[name], row["step"])
+            self.events.flush()
         row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
         try:

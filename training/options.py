@@ -29,6 +29,8 @@ class Settings:
     dtype: str = option("auto", "bf16 (autocast), float32, or auto: bf16 on a GPU that has it")
     fsdp: bool = option(False, "split weights, gradients and optimiser over the processes of torchrun: for models beyond one GPU")
     compile: bool = option(False, "torch.compile; falls back, saying why, where that fails")
+    threads: str = option("auto", "of a CPU: a number, or auto: one for each core, fewer while other programs are busy (each "
+                                  "number rounds differently, so only a fixed one is sure to repeat a run bit for bit)")
     seed: int = option(1337, "of the weights, the order of the data and dropout")
     # the model
     n_layer: int = option("preset", "blocks")
@@ -72,6 +74,7 @@ class Settings:
     eval_every: int = option("preset", "steps between evaluations, each followed by a checkpoint")
     keep_every: int | None = option(None, "keep a checkpoint of every so many steps (none: only the last and the best)")
     eval_tokens: int = option(32768, "validation tokens of these evaluations; the one at the end takes all")
+    log: str = option("csv", "csv: log.csv; tensorboard: also event files for it (pip install tensorboard)")
     sample_tokens: int = option(200, "tokens of the text written at the end")
 
 
@@ -147,6 +150,8 @@ def check(s):
         raise ValueError(f"--batch_size times --context must be below 2**31 tokens, not {s.batch_size} times {s.context}")
     if s.dtype not in ("auto", "bf16", "float32"):
         raise ValueError(f"--dtype must be auto, bf16 or float32, not {s.dtype}")
+    if s.log not in ("csv", "tensorboard"):
+        raise ValueError(f"--log must be csv or tensorboard, not {s.log}")
     if s.resume and s.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
 

@@ -25,14 +25,15 @@ class Run:
     the batch that goes through the model at once.
     """
 
-    def __init__(self, s, saved, processes, task, config, model, optimizer, device, amp, local, micro):
+    def __init__(self, s, saved, processes, task, config, model, optimizer, device, amp, local, micro, threads):
         self.s, self.out, self.processes, self.say, self.task, self.config = s, saved.out, processes, processes.say, task, config
         self.model, self.optimizer, self.device, self.amp, self.local, self.micro = model, optimizer, device, amp, local, micro
+        self.threads = threads
         before = saved.checkpoint or {"step": 0, "seconds": 0.0, "best": math.inf}
         self.step, self.seconds_before, self.best = before["step"], before["seconds"], before["best"]
+        self.log = Log(self.out / "log.csv", self.step, s.log == "tensorboard") if processes.first else None
         if s.overwrite and processes.first:
             saved.remove()
-        self.log = Log(self.out / "log.csv", self.step) if processes.first else None
         self.start = self.last_time = time.perf_counter()
         self.states = saved.states(model, local // micro, micro, device) if s.carry_state else [None] * (local // micro)
         self.smooth, self.pending, self.last_step, self.saved_at = None, [], self.step, self.step if saved.checkpoint else None
@@ -44,6 +45,8 @@ class Run:
         """Print what was chosen, and why."""
         s, say, config = self.s, self.say, self.config
         say("device    {} ({})".format(*device))
+        if device[0].type == "cpu":
+            say(f"threads   {self.threads.now} ({self.threads.why})")
         say(f"dtype     {str(dtype[0])[6:]} ({dtype[1]})")
         say("scan      {} ({})".format(*scan))
         say(f"data      {self.task.about}")
@@ -77,6 +80,7 @@ class Run:
 
         Sets the learning rate, and seeds dropout by (seed, step, process), so that a resumed run draws the same.
         """
+        self.threads.begin()
         self.lr, rank = set_learning_rate(self.optimizer, self.s, self.step, self.share), self.processes.rank
         torch.manual_seed(step_seed(self.s.seed, self.step, rank))
         batches = self.task.batches
@@ -99,6 +103,7 @@ class Run:
         Raises ValueError after too many steps skipped in a row; the checkpoint has the weights from before them.
         """
         s, self.step = self.s, self.step + 1
+        self.threads.end()
         if taken:
             self.pending.append(loss)
             self.in_a_row = 0
