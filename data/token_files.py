@@ -18,8 +18,8 @@ from data.messages import DataError
 from data.tokenizer import load_tokenizer, tokenizer_hash
 
 HERE = Path(__file__).resolve().parent
-# Where the default corpus is prepared: beside this file; where the package is installed, in the working folder.
-DEFAULT = (HERE if (HERE.parent / "pyproject.toml").is_file() else Path("data")) / "default"
+# Where the default corpus is prepared: beside this file; by the installed package (setup.py) in the working folder.
+DEFAULT = (Path("data") if __name__.startswith("fmem.") else HERE) / "default"
 
 HEADER = struct.Struct("<8sIIQ32s8x")                   # magic, version, bytes per token, tokens, tokenizer hash
 MAGIC, VERSION = b"FMEMTOKS", 1
