@@ -458,6 +458,7 @@ def test_readme_code_runs(run20, corpus, tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shutil.copytree(run20[0], tmp_path / "out")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ROMEO:\n"))      # for --interactive
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
     assert blocks
     for block in blocks:
