@@ -4,6 +4,7 @@ The recurrence is held against the paper's equations written out in float64 (`re
 programs against their own promises. Where a tolerance is not obvious its reason stands beside it.
 """
 import contextlib
+import io
 import math
 import re
 import shutil
@@ -470,7 +471,7 @@ def test_readme_code_runs(run20, corpus, tmp_path, monkeypatch):
     for name in ("mine.txt", "prompt.txt"):
         (tmp_path / name).write_text(some_text(200), encoding="utf-8")
     short = {"train.py": ["--data", str(corpus), "--max_steps", "2", "--n_layer", "1", "--d_model", "16", "--context", "16",
-                          "--batch_size", "2", "--sample_tokens", "2", "--device", "cpu", "--no-compile"],
+                          "--batch_size", "2", "--sample_tokens", "2", "--device", "cpu", "--no-compile", "--log", "csv"],
              "sample.py": ["--checkpoint", "out/best.pt", "--max_new_tokens", "3"],
              "prepare.py": ["--out", "prepared", "--overwrite", "--vocab_size", "260", "--input", "mine.txt"]}
     for i, words in enumerate(ours):

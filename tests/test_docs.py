@@ -1,11 +1,13 @@
 """Pages that are computed: the plan for larger models, the results."""
 import contextlib
 import io
+import json
 import re
 
 import pytest
 import torch
 
+from data.corpora import CORPORA
 from experiments import report
 from experiments import run as experiments
 from fmem import FMem, FMemConfig
@@ -52,3 +54,17 @@ def test_the_results_pages_are_what_report_writes():
     assert all((ROOT / "experiments" / picture).is_file() for picture in re.findall(r"\]\((results/.*?)\)", page))
     known = experiments.experiments()
     assert all(known.get(name) == line["command"] for name, line in experiments.results().items())
+
+
+def test_the_page_on_other_tools_says_what_was_measured():
+    """docs/ecosystem.md: the ratios of bench_threads, the table of the harness, the list of corpora; as recorded, as printed."""
+    page = (ROOT / "docs/ecosystem.md").read_text(encoding="utf-8")
+    threads = json.loads((ROOT / "experiments/results/threads.json").read_text())
+    assert f"that is {threads['beside']['ratio']} times" in page and f"alone {threads['alone']['ratio']} times" in page
+    found = json.loads((ROOT / "experiments/results/harness.json").read_text())
+    for task, metrics in found["own"].items():
+        for metric, value in metrics.items():
+            line = f"{task:12}{found['documents'][task]:10}  {metric:14}{found['harness'][task][metric]:10.5f}{value:10.5f}"
+            assert line in page
+    for name, corpus in CORPORA.items():
+        assert f"{name:16}{corpus.size:60}{corpus.licence:18}" in page

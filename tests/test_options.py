@@ -10,6 +10,7 @@ import sample as sample_py
 import train as train_py
 from data import prepare
 from experiments import bench_scan, evaluate, run
+from integrations import harness, hf
 from tests.helpers import settings, some_text
 from training.options import Settings, parse
 
@@ -66,6 +67,7 @@ VALUES = ["0", "a\nb", "-1", "nan", "inf", "1000000000000", "x", "", "1e400", "\
     *(("prepare", o) for o in ("input", "val", "out", "field", "tokenizer", "vocab_size", "workers", "shard_tokens", "check",
                                "corpus", "gb")),
     *(("look", o) for o in ("checkpoint", "prompt", "generate", "tokens", "data", "load-state", "seed", "out")),
+    *(("hf", o) for o in ("out", "check", None)), *(("harness", o) for o in ("data", "documents", "batch_size", "json", None)),
     *(("bench", o) for o in ("out",)), *(("experiments", o) for o in ("jobs",))])
 def test_absurd_values_for_the_other_programs(program, option, run20, corpus, tmp_path, capsys, monkeypatch):
     """Every option that takes a value, with every one of these: it works, or one line says what is wrong."""
@@ -74,9 +76,9 @@ def test_absurd_values_for_the_other_programs(program, option, run20, corpus, tm
     base = {"sample": {"checkpoint": best, "max_new_tokens": "2"}, "eval": {"tokens": "500"},
             "look": {"checkpoint": best, "tokens": "20"},
             "prepare": {"input": str(tmp_path / "a.txt"), "out": str(tmp_path / "out"), "vocab_size": "260"},
-            "bench": {}, "experiments": {}}[program]
+            "bench": {}, "experiments": {}, "hf": {"out": "exported"}, "harness": {}}[program]
     main = {"sample": sample_py, "look": look, "eval": evaluate, "prepare": prepare, "bench": bench_scan,
-            "experiments": run}[program].main
+            "experiments": run, "hf": hf, "harness": harness}[program].main
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "DEFAULT", tmp_path / "default")       # prepared folders belong beside it
     monkeypatch.setattr(bench_scan, "table_forms", lambda quick: [])
@@ -84,19 +86,21 @@ def test_absurd_values_for_the_other_programs(program, option, run20, corpus, tm
         monkeypatch.setattr(bench_scan, table, bench_scan.table_forms)
     bench_scan.table_forms.__doc__ = "no table"
     monkeypatch.setattr(run, "run", lambda names, jobs: None)
+    monkeypatch.setattr(harness, "harness_results", lambda folder, work, docs, batch_size: {})
     for value in VALUES:
         if option in ("num_samples", "max_new_tokens") and len(value) > 9:
             continue                                    # that many were asked for
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         arguments = [f"--{k}={v}" for k, v in base.items() if k != option]
-        arguments += {"eval": [value if option is None else best], "bench": ["--quick"]}.get(program, [])
+        checkpoint = [value if option is None else best]
+        arguments += {"eval": checkpoint, "hf": checkpoint, "harness": checkpoint, "bench": ["--quick"]}.get(program, [])
         if program == "eval" and option == "figure":
             arguments.append("--routing")
         try:
             main(arguments + ([f"--{option}={value}"] if option else []))
         except SystemExit as e:
             said = e.code if isinstance(e.code, str) else capsys.readouterr().err.strip()
-            assert re.match(r"((data/)?\w+\.py|evaluate|bench_scan|experiments\.run): error: ", said), said
+            assert re.match(r"((data/)?\w+\.py|evaluate|bench_scan|experiments\.run|integrations\.\w+): error: ", said), said
             assert said.isprintable() and len(said) < 500, said
         out, _ = capsys.readouterr()
         assert "\x1b" not in out
