@@ -3,6 +3,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch: tiny tensors gain nothing from a second thread
 
+os.environ.setdefault("FMEM_CHECK", "0")                # before fast: seconds in the interpreter; test_check.py does it
+
 import pytest
 import torch
 

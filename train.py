@@ -68,7 +68,7 @@ def train(given):
     saved.restore(model, optimizer)
     amp = autocast(device, dtype)
     run = Run(s, saved, processes, task, config, model, optimizer, device, amp, local, micro, threads)
-    scan = fast.choose(config.scan, device, config.n_rows, config.d_memory)
+    scan = fast.choose(config.scan, device, config.n_rows, config.d_memory, dtype)
     run.introduce((device, why_device), (dtype, why_dtype), scan, saved)
     net = try_compile(model, task.batches(0)[:micro, :-1].to(device), amp, processes.say) if s.compile else model
     net = processes.wrap(net)

@@ -3,6 +3,7 @@
     chunked.py    the chunked form as one operator with a gradient of its own: form "fast", on any device with float64
     ../kernel.py  Triton kernels: form "kernel", on NVIDIA GPUs
     graph.py      generation as a CUDA graph
+    check.py      whether the kernels are right here, before they are trusted
 
 fmem.py works without this folder. Nothing here imports it: its callers check the shapes.
 """
@@ -12,6 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
+from . import check
 from .chunked import scan_fast
 from .graph import capture_step as capture_step
 
@@ -43,10 +45,12 @@ choose._dynamo_marked_constant = True
 
 @functools.cache
 def no_kernel(device: torch.device, m: int, d: int, dtype: torch.dtype) -> str | None:
-    """Why kernel.py cannot be used, or None. Imported only here and below: all else works without Triton."""
+    """Why kernel.py cannot be used, or should not, or None. Imported only here and below: all else works without Triton."""
     try:
         import kernel
         reason = kernel.why_not(device, m, d, dtype)
+        if not reason and check.WANTED:
+            reason = check.wrong(kernel, device, m, d, dtype)
     except ImportError as e:
         reason = f"{e.name or e} is not installed"
     if reason:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .check import WANTED
+
 
 def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tuple) -> Callable[[], Tensor] | None:
     """A step of all layers and the choice of the next token as one CUDA graph: a function that returns the next token [B] and
@@ -29,6 +31,14 @@ def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tu
             logits, _ = model(token, state)
         token.copy_(sample(logits, *choice))
 
+    def restore():
+        """The trial steps have not happened."""
+        for now, then in zip([token, *state], before, strict=True):
+            now.copy_(then)
+        torch.cuda.set_rng_state(randomness[0], token.device)
+        for generator, then in zip(generators, randomness[1], strict=True):
+            generator.set_state(then)
+
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(token.device)
     try:
         for generator in generators:
@@ -40,18 +50,27 @@ def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tu
         torch.cuda.current_stream(token.device).wait_stream(side)
         with torch.cuda.graph(graph):
             step()
+        if WANTED and not same_tokens(step, graph.replay, token, restore):
+            raise RuntimeError("its first tokens are not those of single steps")
     except Exception as e:                              # Triton's errors are no RuntimeErrors
         graph = None
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         print(f"fmem: no CUDA graph for the steps: {why}", file=sys.stderr)
-    for now, then in zip([token, *state], before, strict=True):      # the trial steps have not happened
-        now.copy_(then)
-    torch.cuda.set_rng_state(randomness[0], token.device)
-    for generator, then in zip(generators, randomness[1], strict=True):
-        generator.set_state(then)
+    restore()
 
     def replay():
         graph.replay()
         return token.clone()
 
     return replay if graph else None
+
+
+def same_tokens(step: Callable, replay: Callable, token: Tensor, restore: Callable, n: int = 8) -> bool:
+    """Whether n calls of each, from where restore() puts them, leave the same tokens in `token`."""
+    made = []
+    for one in (step, replay):
+        restore()
+        for _ in range(n):
+            one()
+            made.append(token.clone())
+    return all(map(torch.equal, made[:n], made[n:]))

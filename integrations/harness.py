@@ -1,7 +1,7 @@
 """lm-evaluation-harness on two tasks of our own, offline: python -m integrations.harness out/best.pt [--batch_size 8]
 
     fmem_bits    bits per byte of held-out speeches (paragraphs), each from an empty memory
-    fmem_next    four lines: which is the one that follows in the text? Three are from elsewhere in it
+    fmem_next    four lines: which is the one that follows in the text? Three are from elsewhere in it (log_prob: their mean)
 
 The tasks are made of the validation text of the checkpoint's data. The checkpoint is exported as by integrations.hf, the harness
 loads it through transformers, and every number is worked out once more by this repository's own model: both are printed.
@@ -65,19 +65,20 @@ def own_results(model, enc, docs):
     """What the harness should find, worked out with this repository's model alone, a document at a time."""
     bits = [(nats(model, [enc.eot_token, *encode(enc, doc["text"]).tolist()], len(encode(enc, doc["text"]))),
              len(doc["text"].encode())) for doc in docs["fmem_bits"]]
-    right = right_norm = 0
+    right = right_norm = total = 0
     for doc in docs["fmem_next"]:
         before = doc["text"].rstrip()                   # the harness counts spaces at the end to what follows
         scores = []
         for choice in doc["choices"]:
             whole = encode(enc, doc["text"] + choice).tolist()
             scores.append(-nats(model, whole, len(whole) - len(encode(enc, before))))
+        total += sum(scores)
         right += max(range(4), key=scores.__getitem__) == doc["answer"]
         # by length in characters, as the harness has it
         right_norm += max(range(4), key=lambda i: scores[i] / len(doc["choices"][i])) == doc["answer"]
     n = len(docs["fmem_next"])
     return {"fmem_bits": {"bits_per_byte": sum(x for x, _ in bits) / sum(b for _, b in bits) / math.log(2)},
-            "fmem_next": {"acc": right / n, "acc_norm": right_norm / n}}
+            "fmem_next": {"acc": right / n, "acc_norm": right_norm / n, "log_prob": total / n / 4}}
 
 
 def harness_results(folder, work, docs, batch_size):
@@ -98,8 +99,11 @@ def harness_results(folder, work, docs, batch_size):
                  "dtype": "float32"}
     found = simple_evaluate(model="hf", model_args=arguments, tasks=list(TASKS), batch_size=batch_size, device="cpu",
                             task_manager=TaskManager(include_path=str(work), include_defaults=False), bootstrap_iters=0)
-    return {name: {metric.split(",")[0]: value for metric, value in found["results"][name].items()
-                   if metric.endswith(",none") and "stderr" not in metric} for name in TASKS}
+    results = {name: {metric.split(",")[0]: value for metric, value in found["results"][name].items()
+                      if metric.endswith(",none") and "stderr" not in metric} for name in TASKS}
+    scores = [score for sample in found["samples"]["fmem_next"] for score, _ in sample["filtered_resps"]]
+    results["fmem_next"]["log_prob"] = sum(scores) / len(scores)        # the mean of all choices
+    return results
 
 
 def main(argv=None):

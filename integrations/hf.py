@@ -66,14 +66,13 @@ def fast_tokenizer(enc):
     made = Tokenizer(models.BPE({words[token]: rank for token, rank in ranks.items()}, [(words[a], words[b]) for a, b in merges],
                                 ignore_merges=True))
     made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in enc._special_tokens])
-    # In this library's kind of regular expressions $ also matches before a line end, and {1,3}+ is a repetition of {1,3}.
-    pattern = re.sub(r"(\\p\{\w+\}|\[[^]]*\])(\{\d+,\d+\})\+", r"(?>\1\2)", enc._pat_str.replace("$", r"\z"))
+    # In this library's kind of regular expressions {1,3}+ is not possessive but a repetition of {1,3}.
+    pattern = re.sub(r"(\\p\{\w+\}|\[[^]]*\])(\{\d+,\d+\})\+", r"(?>\1\2)", enc._pat_str)
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.TemplateProcessing(single=f"{EOT} $A", pair=f"{EOT} $A {EOT} $B",
                                                         special_tokens=[(EOT, enc.eot_token)])
-    made.encode_special_tokens = True                       # a text that says <|endoftext|> says only that
     for text in probes(2000):
         if made.encode(text, add_special_tokens=False).ids != encode(enc, text).tolist():
             raise DataError(f"the tokenizer {enc.name} cannot be exported: as a tokenizer.json it cuts {text[:40]!r} differently")
@@ -116,7 +115,8 @@ def export(checkpoint, out):
               "auto_map": {"AutoConfig": "modeling_fmem.FMemHFConfig", "AutoModelForCausalLM": "modeling_fmem.FMemForCausalLM"},
               "bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "use_cache": True}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT, "pad_token": EOT,
-                "split_special_tokens": True, "clean_up_tokenization_spaces": False, "padding_side": "left",
+                "split_special_tokens": True,    # a text that says <|endoftext|> says only that
+                "clean_up_tokenization_spaces": False, "padding_side": "left",
                 "model_input_names": ["input_ids", "attention_mask"], "model_max_length": 10**9}
     work = out.parent / f".{out.name}.part"
     shutil.rmtree(work, ignore_errors=True)

@@ -107,6 +107,17 @@ def test_the_patterns_of_other_tokenizers(name, transformers, corpus):
         assert made.encode(text, add_special_tokens=False).ids == enc.encode_ordinary(text), repr(text)
 
 
+def test_the_order_of_merges(transformers):
+    """A tokenizer of many tokens that overlap, on pieces of the text that it is made of, cut anywhere."""
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "fmem.py", "kernel.py"))
+    enc, g = tokenizer.make_tokenizer("bpe", [text], 3000), random.Random(0)
+    made = hf.fast_tokenizer(enc)
+    for _ in range(3000):
+        at = g.randrange(len(text))
+        piece = text[at:at + g.randrange(200)].replace(" ", g.choice([" ", ""]))
+        assert made.encode(piece, add_special_tokens=False).ids == enc.encode_ordinary(piece), piece
+
+
 def test_a_tokenizer_that_cannot_be_exported_is_refused(transformers, corpus):
     """A pattern that the two libraries read differently: {1,2}+ is possessive in one and a repetition in the other."""
     fields = {**token_files.load(corpus)[2], "pat_str": r"(?:\p{L}){1,2}+|" + tokenizer.GPT2_PATTERN}

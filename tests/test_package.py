@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -101,7 +102,8 @@ def test_tensorboard_holds_the_log(corpus, tmp_path):
     """The numbers of log.csv under the same names, after a resumed run too, whose steps were done twice."""
     pytest.importorskip("tensorboard", reason="the tensorboard package is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    train_py.train(settings(corpus, tmp_path, log="tensorboard", max_steps=12))
+    train_py.train(settings(corpus, tmp_path, log="tensorboard", max_steps=12, keep_every=5))
+    shutil.copy(tmp_path / "step-10.pt", tmp_path / "last.pt")          # as if it had been killed then
     train_py.train({"out": str(tmp_path), "resume": True, "max_steps": 20, "device": "cpu"})
     events = EventAccumulator(str(tmp_path)).Reload()
     with open(tmp_path / "log.csv", newline="", encoding="utf-8") as f:
