@@ -366,7 +366,7 @@ class FMem(nn.Module):
                 token = sample(logits, *choice)
             yield token
             if i == 0 and fast and max_new_tokens >= 16:
-                step = fast.capture_step(self, token, state, sample, choice)            # None but on a GPU
+                step = fast.capture_step(self, token, state, sample, choice)            # None where none is faster
         return state
 
 

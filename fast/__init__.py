@@ -3,19 +3,22 @@
     chunked.py    the chunked form as one operator with a gradient of its own: form "fast", on any device with float64
     ../kernel.py  Triton kernels: form "kernel", on NVIDIA GPUs
     graph.py      generation as a CUDA graph
+    decode.py     generation on a CPU, in fewer calls
     check.py      whether the kernels are right here, before they are trusted
 
 fmem.py works without this folder. Nothing here imports it: its callers check the shapes.
 """
 import functools
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import check
 from .chunked import scan_fast
-from .graph import capture_step as capture_step
+from .decode import joined_step
+from .graph import record_step
 
 FASTEST = "matrix products, the fastest form here"
 
@@ -64,6 +67,13 @@ def scan(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor, eps: float, form:
         from kernel import scan_triton
         return scan_triton(theta, phi, xbar, h0, eps, recompute)
     return scan_fast(theta, phi, xbar, h0, eps, recompute)
+
+
+def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tuple) -> Callable[[], Tensor] | None:
+    """A step of the whole model and the choice of the next token, faster: a function that returns the next token [B] and moves
+    the state on, in place; or None where there is none. token [B]: the last one chosen. sample(logits, *choice) chooses; the last
+    entry of choice is its generator, a list of one per text, or None."""
+    return (record_step if token.is_cuda else joined_step)(model, token, state, sample, choice)
 
 
 def step(h: Tensor, xbar: Tensor, theta: Tensor, phi: Tensor, rows: Tensor | None, eps: float,

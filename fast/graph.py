@@ -8,15 +8,14 @@ from torch import Tensor
 from .check import WANTED
 
 
-def capture_step(model, token: Tensor, state: list, sample: Callable, choice: tuple) -> Callable[[], Tensor] | None:
+def record_step(model, token: Tensor, state: list, sample: Callable, choice: tuple) -> Callable[[], Tensor] | None:
     """A step of all layers and the choice of the next token as one CUDA graph: a function that returns the next token [B] and
     moves the state on, in place. The memory never grows, so one recording serves for any number of tokens.
 
-    token [B]: the last one chosen. sample(logits, *choice) chooses; the last entry of choice is its generator, a list of one per
-    text, or None. None where there is no GPU, a layer keeps more than one tensor, or it cannot be recorded, for which a line on
-    stderr gives the reason.
+    The arguments are those of `capture_step`. None where a layer keeps more than one tensor, or the step cannot be recorded, for
+    which a line on stderr gives the reason.
     """
-    if not token.is_cuda or not all(isinstance(h, Tensor) for h in state):
+    if not all(isinstance(h, Tensor) for h in state):
         return None
     # A step changes a memory in place only if it is contiguous; else the graph would replay a frozen one.
     state[:] = [h.contiguous() for h in state]

@@ -112,7 +112,7 @@ def test_right_kernels_are_trusted(dtype, monkeypatch):
 @needs_triton
 def test_a_tenth_too_much_is_noticed(tmp_path):
     """In one output alone, in the narrowest dtype."""
-    wrong = changed(tmp_path, "        tl.store(dphi + at, r * g, mask=rows)", "        tl.store(dphi + at, r * g * 1.1, mask=rows)")
+    wrong = changed(tmp_path, "tl.store(dphi + at, r * g, mask=rows)", "tl.store(dphi + at, r * g * 1.1, mask=rows)")
     assert "the gradient of phi is wrong here by 1.0e-01" in check.wrong(wrong, torch.device(DEVICE), 8, 16, torch.bfloat16)
 
 

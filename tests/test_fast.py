@@ -12,7 +12,7 @@ import torch
 import fast
 import fmem
 from fast import chunked as operator
-from fmem import FactorizationMemory, FMem, scan, scan_loop
+from fmem import FactorizationMemory, FMem, copy_state, scan, scan_loop
 from tests.helpers import (
     DEVICE,
     EXACT,
@@ -22,6 +22,7 @@ from tests.helpers import (
     needs_triton,
     scan_inputs,
     tiny,
+    tiny_model,
     triton,
     with_gradients,
 )
@@ -171,3 +172,66 @@ def test_in_place_steps_are_the_plain_steps():
             y, after = fast.step(given, xbar, theta, phi, rows, 1e-5, "auto")
             assert error(y, want_y[:, 0]) < 1e-6 and error(after, want_h) < 1e-6            # a few roundings of 2^-24
             assert given.is_contiguous() is (after.data_ptr() == given.data_ptr()) or rows is None
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"k_rows": None}, {"k_rows": 8}, {"k_rows": 1, "tau": 0.1},
+                                     {"d_memory": None, "n_layer": 1}, {"tie_embeddings": False, "norm_eps": 1e-2}], ids=str)
+def test_the_joined_step_is_the_model(options, B):
+    """Logits of every step and the last state against single calls; gains of the norms that are not 1, theta near 0 and 1."""
+    model = FMem(tiny(**options)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 2)
+            elif "w_eta" in name or "w_mu" in name:
+                weight.normal_(0, 3)
+        tokens, seen = torch.randint(50, (B, 30)), {"joined": [], "single": []}
+        _, state = model(tokens[:, :5])
+        joined_state, state = copy_state(state), copy_state(state)
+        follow = iter(tokens[:, 6:].unbind(1))
+
+        def forced(logits):                             # the next token of the text, whatever the logits
+            seen["joined"].append(logits.clone())
+            return next(follow)
+
+        step = fast.capture_step(model, tokens[:, 5], joined_state, forced, ())
+        for i in range(24):
+            assert torch.equal(step(), tokens[:, 6 + i])
+            logits, state = model(tokens[:, 5 + i], state)
+            seen["single"].append(logits)
+    assert error(torch.stack(seen["joined"]), torch.stack(seen["single"])) < 1e-5
+    assert all(error(a, b) < 1e-5 for a, b in zip(joined_state, state, strict=True))
+
+
+def test_where_there_is_no_joined_step():
+    """Another layer, another dtype, a form that was asked for, a model in training: single calls."""
+    def step(model):
+        tokens = torch.zeros(2, 3, dtype=torch.long)
+        with torch.no_grad():
+            return fast.capture_step(model, tokens[:, 0], model(tokens)[1], None, ())
+
+    assert step(FMem(tiny()).eval())
+    for model in (tiny_model(conv=2), tiny_model(mixer="attention", d_model=32), tiny_model(ablation="mu=1"),
+                  tiny_model(shared_row=True), FMem(tiny()).double(), FMem(tiny(scan="loop")), FMem(tiny(scan="chunked"))):
+        assert step(model.eval()) is None
+    assert step(FMem(tiny(dropout=0.5)).train()) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert step(FMem(tiny()).eval()) is None
+
+
+def test_generate_takes_the_joined_step(monkeypatch):
+    """The same texts, from the same seeds, and the same state to continue from."""
+    model, results = FMem(tiny(vocab_size=300)).eval(), []
+    for form in ("joined", "single"):
+        if form == "single":
+            monkeypatch.setattr(fast, "capture_step", lambda *a: None)
+        made, generator = [], [torch.Generator().manual_seed(i) for i in range(3)]
+
+        def write(made=made, generator=generator):
+            state = yield from model.generate(torch.zeros(3, 2, dtype=torch.long), 40, 0.9, top_p=0.9, generator=generator)
+            made.append(state)
+
+        results.append((torch.stack(list(write())), made[0]))
+    (joined, after), (single, after_single) = results
+    assert torch.equal(joined, single) and all(error(a, b) < 1e-5 for a, b in zip(after, after_single, strict=True))

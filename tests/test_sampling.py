@@ -275,23 +275,23 @@ def test_lines_can_be_edited_in_a_terminal(run20):
                                     "--interactive", "--max_new_tokens", "2"], {**os.environ, "TERM": "xterm"})
     seen, until = "", time.monotonic() + 120
 
-    def expect(what, n, again=b""):
-        """Until it has appeared n times. again: a key to be pressed until then: readline may miss a signal between two keys."""
+    def expect(what, n, key=b""):
+        """Press a key, and wait until `what` has appeared n times. readline may miss a signal between two keys: it is sent again
+        after some seconds."""
         nonlocal seen
         while seen.count(what) < n and time.monotonic() < until:
-            os.write(fd, again)
-            if select.select([fd], [], [], 0.3)[0]:
-                seen += os.read(fd, 4096).decode("utf-8", "replace")
+            os.write(fd, key)
+            again = time.monotonic() + (3 if key == b"\x03" else 120)
+            while seen.count(what) < n and time.monotonic() < again:
+                if select.select([fd], [], [], 0.1)[0]:
+                    seen += os.read(fd, 4096).decode("utf-8", "replace")
         assert seen.count(what) >= n, seen
 
     expect("> ", 1)
-    os.write(fd, b"/temq\x7fp 0.5x\x7f\n")
-    expect("> ", 2)
-    os.write(fd, b"/nonsense\n")
-    expect("> ", 3)
-    os.write(fd, b"\x1b[A")                             # the line before
-    expect("/nonsense", 3)
-    expect("> ", 4, again=b"\x03")
+    expect("> ", 2, b"/temq\x7fp 0.5x\x7f\n")
+    expect("> ", 3, b"/nonsense\n")
+    expect("/nonsense", 3, b"\x1b[A")                   # the line before
+    expect("> ", 4, b"\x03")
     os.write(fd, b"\x04")
     _, status = os.waitpid(pid, 0)
     os.close(fd)
