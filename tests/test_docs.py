@@ -68,6 +68,7 @@ def test_the_page_on_other_tools_says_what_was_measured():
             assert line in page
     faster = json.loads((ROOT / "experiments/results/decode.json").read_text())["speedup"]
     words = " ".join((ROOT / "docs/speed.md").read_text(encoding="utf-8").split())
-    assert "one text {} times as fast, {} with sample.py's choice of tokens; eight at once {} and {}.".format(*faster.values()) in words
+    claim = "one text {} times as fast, {} with sample.py's choice of tokens; eight at once {} and {}."
+    assert claim.format(*faster.values()) in words
     for name, corpus in CORPORA.items():
         assert f"{name:16}{corpus.size:60}{corpus.licence:18}" in page
