@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import fast
 from data.messages import one_line
 from training.checkpoint import Saved
-from training.device import autocast, check_memory, pick_device, pick_dtype, try_compile
+from training.device import autocast, check_memory, out_of_memory, pick_device, pick_dtype, try_compile
 from training.optimizer import make_optimizer
 from training.options import Settings, check_together, parse, settle
 from training.processes import Processes, Stop, end_at_once
@@ -77,14 +77,20 @@ def train(given):
     with Stop() as stop:
         while run.unfinished(stop):
             parts, losses = run.next_batch(), []
-            for i, windows in enumerate(parts):
-                with processes.exchange(net, model, last=i == len(parts) - 1):
-                    with amp():
-                        logits, state = net(windows[:, :-1], run.states[i])
-                        loss = F.cross_entropy(logits.float().flatten(0, 1), task.targets(windows).flatten())
-                    ((loss + aux_loss(model)) * len(windows) / local).backward()
-                losses.append(loss.detach() * len(windows) / local)
-                run.carry(i, state)
+            try:
+                for i, windows in enumerate(parts):
+                    with processes.exchange(net, model, last=i == len(parts) - 1):
+                        with amp():
+                            logits, state = net(windows[:, :-1], run.states[i])
+                            loss = F.cross_entropy(logits.float().flatten(0, 1), task.targets(windows).flatten())
+                        ((loss + aux_loss(model)) * len(windows) / local).backward()
+                    losses.append(loss.detach() * len(windows) / local)
+                    run.carry(i, state)
+            except (MemoryError, RuntimeError) as e:
+                optimizer.zero_grad(set_to_none=True)
+                if run.halve(e):                        # the same step again, fewer windows at once
+                    continue
+                raise
             norm = processes.clip(model, s.clip)
             loss = processes.sum(torch.stack(losses).sum())
             finite = bool(torch.isfinite(norm + loss))  # the same in all processes: the gradient is their mean
@@ -108,7 +114,7 @@ def main(argv=None):
         if dist.is_available() and dist.is_initialized() and re.search("gloo|nccl|peer|socket", str(e), re.IGNORECASE):
             end_at_once(f"another process of this run has ended ({str(e).strip().splitlines()[-1][:200]}); --resume continues "
                         f"from the last checkpoint, with any number of processes that divides --batch_size")
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(e):
+        if not out_of_memory(e):
             raise
         why = (str(e).strip() or "Python has no more").splitlines()[0]
         sys.exit(f"train.py: error: out of memory ({why}); try a smaller --micro_batch, --context or model")

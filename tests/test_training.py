@@ -333,3 +333,67 @@ def test_the_loss_so_far_is_drawn_in_a_terminal(corpus, tmp_path):
     assert [bars for bars, *_ in drawn] == ["▁", sparkline(losses)]
     terminal.encoding = "ascii"                         # a terminal that has no bars, and what is no terminal
     assert not draws(terminal) and not draws(io.StringIO())
+
+
+class TooSmall:
+    """A memory that holds the activations of so many windows, as a GPU's allocator says it."""
+
+    def __init__(self, most, monkeypatch, error=None):
+        error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        self.seen, forward = [], FMem.forward
+
+        def limited(model, tokens, state=None):
+            self.seen.append(len(tokens))
+            if len(tokens) > most and torch.is_grad_enabled():
+                raise error
+            return forward(model, tokens, state)
+
+        monkeypatch.setattr(FMem, "forward", limited)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_too_little_memory_halves_the_micro_batch(error, corpus, tmp_path, monkeypatch, capsys):
+    """The run is bit for bit the one that had the smaller micro batch from the start, dropout included."""
+    given = dict(batch_size=12, max_steps=6, eval_every=3, dropout=0.2)
+    want = train_py.train(settings(corpus, tmp_path / "small", micro_batch=3, **given))
+    with monkeypatch.context() as patch:
+        memory = TooSmall(4, patch, error)
+        got = train_py.train(settings(corpus, tmp_path / "halved", **given))
+    assert memory.seen[:3] == [12, 6, 3] and same(got["model"], want["model"]) and same(got["optimizer"], want["optimizer"])
+    said = capsys.readouterr().out
+    assert said.count("too little for 12 windows at once; from step 1 on 6 (--micro_batch 6)") == 1
+    assert "on 3 (--micro_batch 3)" in said
+    assert log_rows(tmp_path / "halved", "train_loss") == log_rows(tmp_path / "small", "train_loss")
+    assert got["settings"]["micro_batch"] == 3
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_run(corpus, tmp_path, monkeypatch):
+    """Half of the gradients of a step were there already: they do not count twice."""
+    given = dict(batch_size=8, max_steps=4, dropout=0.0)
+    want = train_py.train(settings(corpus, tmp_path / "whole", micro_batch=4, **given))
+    calls, forward = [], FMem.forward
+
+    def once(model, tokens, state=None):
+        calls.append(len(tokens))
+        if len(calls) == 6:                             # the second part of the third step
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, tokens, state)
+
+    monkeypatch.setattr(FMem, "forward", once)
+    got = train_py.train(settings(corpus, tmp_path / "broken", micro_batch=4, **given))
+    assert calls[4:11] == [4, 4, 2, 2, 2, 2, 2]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got["model"].values(), want["model"].values(), strict=True))
+
+
+def test_where_halving_does_not_help(corpus, tmp_path, monkeypatch):
+    """One window that is too large, carried states, and errors of another kind end the run as before."""
+    TooSmall(0, monkeypatch)
+    options = [f"--{k}={v}" for k, v in settings(corpus, tmp_path / "out").items()]
+    with pytest.raises(SystemExit, match="train.py: error: out of memory .*--micro_batch"):
+        train_py.main(options)
+    with pytest.raises(SystemExit, match="train.py: error: out of memory"):
+        train_py.main([*options, "--carry_state", "--overwrite"])
+    TooSmall(2, monkeypatch, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        train_py.main([*options, "--overwrite"])

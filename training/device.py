@@ -52,6 +52,11 @@ def check_memory(config, device, shares=1):
                          f"{room / 2**30:.0f} GB; try a smaller --d_model, --n_layer, --n_rows or --d_mlp")
 
 
+def out_of_memory(error):
+    """Whether an exception says that there is too little memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)
+
+
 def memory_of(device):
     """Bytes of memory of the GPU, or of the machine; None where that is not known."""
     if device.type == "cuda":

@@ -9,6 +9,7 @@ import torch
 
 from training.batches import Streams, detached
 from training.checkpoint import FORMAT, save_checkpoint, sharded
+from training.device import out_of_memory
 from training.log import Log, draws, sparkline
 from training.optimizer import set_learning_rate
 
@@ -88,6 +89,18 @@ class Run:
             self.forget()
         mine = batches(self.step, slice(rank * self.local, (rank + 1) * self.local))
         return mine.to(self.device).split(self.micro)
+
+    def halve(self, error):
+        """After the memory was too small for a step: from now on fewer windows at once. False where that is not to be done: the
+        error is another, there is one window already, states are carried, or other processes wait for this one."""
+        smaller = max((n for n in range(1, self.micro // 2 + 1) if self.local % n == 0), default=0)
+        if not smaller or not out_of_memory(error) or self.s.carry_state or self.processes.joined:
+            return False
+        self.say(f"memory    too little for {self.micro} windows at once; from step {self.step + 1} on {smaller} (--micro_batch "
+                 f"{smaller}), with the same batches")
+        self.micro = self.s.micro_batch = smaller
+        self.states = [None] * (self.local // smaller)
+        return True
 
     def carry(self, i, state):
         """Keep the state after part i for the next step, if the settings ask for that."""
