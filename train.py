@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import fast
 from data.messages import one_line
 from training.checkpoint import Saved
-from training.device import autocast, check_memory, out_of_memory, pick_device, pick_dtype, try_compile
+from training.device import Meter, autocast, check_memory, out_of_memory, pick_device, pick_dtype, try_compile
 from training.optimizer import make_optimizer
 from training.options import Settings, check_together, parse, settle
 from training.processes import Processes, Stop, end_at_once
@@ -67,10 +67,13 @@ def train(given):
     optimizer = make_optimizer(model, s, device)
     saved.restore(model, optimizer)
     amp = autocast(device, dtype)
-    run = Run(s, saved, processes, task, config, model, optimizer, device, amp, local, micro, threads)
+    meter = Meter(device, dtype, config, s.context, processes.world)
+    run = Run(s, saved, processes, task, config, model, optimizer, device, amp, local, micro, threads, meter)
     scan = fast.choose(config.scan, device, config.n_rows, config.d_memory, dtype)
     run.introduce((device, why_device), (dtype, why_dtype), scan, saved)
-    net = try_compile(model, task.batches(0)[:micro, :-1].to(device), amp, processes.say) if s.compile else model
+    net, may_compile = model, s.compile is None and device.type == "cuda" and not processes.joined
+    if s.compile or may_compile:
+        net = try_compile(model, task.batches(0)[:micro, :-1].to(device), amp, processes.say, asked=bool(s.compile))
     net = processes.wrap(net)
 
     # The loop.

@@ -1,11 +1,14 @@
 """Training: resume, batches, evaluation, optimiser, skipped steps, checkpoints kept."""
 import contextlib
+import functools
 import io
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -19,10 +22,12 @@ from tests.helpers import error, log_rows, same, settings, tiny
 from training import tasks
 from training.batches import Batches, Streams
 from training.checkpoint import load_checkpoint, model_from, save_checkpoint
+from training.device import Meter, flops_per_token, try_compile
 from training.log import draws, sparkline
 from training.optimizer import learning_rate, make_optimizer
 from training.options import PRESETS, Settings
 from training.run import step_seed
+from variants.build import ModelConfig, n_parameters
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -397,3 +402,45 @@ def test_where_halving_does_not_help(corpus, tmp_path, monkeypatch):
     TooSmall(2, monkeypatch, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         train_py.main([*options, "--overwrite"])
+
+
+def test_the_share_of_a_gpus_peak(monkeypatch):
+    """6 N and the scan, as docs/scaling.md has them; half the peak where a step takes twice the time of its FLOPs."""
+    big = ModelConfig(vocab_size=50257, n_layer=24, d_model=2560, n_rows=64, k_rows=8)
+    assert flops_per_token(big, 1024) == pytest.approx(10.35e9, rel=1e-3)
+    attention = ModelConfig(vocab_size=100, n_layer=2, d_model=64, mixer="attention")
+    # of each token's scores with t others and the mixture of their values, both ways: 3 times 2 products of 2 d FLOPs
+    assert flops_per_token(attention, 100) - 6 * n_parameters(attention) == pytest.approx(2 * 3 * 2 * 2 * 64 * 50)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    gpu = torch.device("cuda", 0)
+    speed = 0.5 * 989e12 / flops_per_token(big, 1024)
+    assert Meter(gpu, torch.bfloat16, big, 1024)(speed) == " | 50.0% of the peak | 3.0 GB at most"
+    assert Meter(gpu, torch.bfloat16, big, 1024, 4)(4 * speed) == " | 50.0% of the peak | 3.0 GB at most"
+    assert Meter(gpu, torch.float32, big, 1024)(speed) == " | 3.0 GB at most"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card of tomorrow")
+    assert Meter(gpu, torch.bfloat16, big, 1024)(speed) == " | 3.0 GB at most"
+    assert Meter(torch.device("cpu"), torch.float32, big, 1024)(speed) == ""
+
+
+@pytest.mark.parametrize("slower, asked, said", [(1, 0, "no: "), (-1, 0, "yes: "), (1, 1, "yes"), (None, 0, "no: ")])
+def test_compile_is_taken_if_it_is_faster(slower, asked, said, monkeypatch):
+    """With a torch.compile of our own, which waits before the model or lets the model itself wait, or fails."""
+    model, lines = FMem(tiny()), []
+    forward = FMem.forward
+
+    def waits(*arguments):
+        time.sleep(0.02)
+        return forward(*arguments)
+
+    if slower is None:
+        monkeypatch.setattr(torch, "compile", lambda net: lambda tokens: 1 / 0)
+    else:
+        monkeypatch.setattr(FMem, "forward", waits if slower < 0 else forward)
+        monkeypatch.setattr(torch, "compile", lambda net: functools.partial(waits if slower > 0 else forward, net))
+    net = try_compile(model, torch.randint(50, (2, 9)), contextlib.nullcontext, lines.append, asked)
+    assert (net is model) == said.startswith("no") and lines[0].startswith(f"compile   {said}") and len(lines) == 1
+    assert all(p.grad is None for p in model.parameters())
+    if slower and not asked:
+        ratio = float(re.search(r"([\d.]+) times as fast", lines[0])[1])
+        assert ratio > 1.5 if slower < 0 else ratio < 0.7

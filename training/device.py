@@ -1,6 +1,8 @@
 """Which device and dtype a run takes, and why; whether its model fits; torch.compile, tried out first."""
 import contextlib
 import os
+import statistics
+import time
 
 import torch
 
@@ -67,16 +69,63 @@ def memory_of(device):
         return None
 
 
-def try_compile(model, batch, amp, say):
-    """torch.compile, tried out on one batch; the model itself, with the reason, where that fails."""
-    compiled = torch.compile(model)
+# Dense bf16 products, FLOP/s with sums in float32, as the maker gives them; the first name that is part of the device's.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
+         "RTX 3090": 71e12}
+
+
+def flops_per_token(config, context):
+    """Of training, forward and backward: 6 per parameter (as docs/scaling.md has it), and what the layer computes between tokens:
+    the scan in chunks of 32, attention's products with half of the context on average, Mamba-2's scan in chunks of 64."""
+    d, mixer = config.d_model, config.mixer
+    between = {"memory": 2 * config.d_memory * (9 * config.n_rows + 5 * 32), "attention": 6 * d * context,
+               "mamba2": 12 * d * (config.d_state + 64)}[mixer]
+    return 6 * n_parameters(config) + config.n_layer * between
+
+
+class Meter:
+    """What of a GPU a run uses, in words for its progress line; nothing elsewhere."""
+
+    def __init__(self, device, dtype, config, context, processes=1):
+        self.device, self.on = device, device.type == "cuda"
+        self.flops = flops_per_token(config, context) / processes
+        name = torch.cuda.get_device_name(device) if self.on else ""
+        known = dtype == torch.bfloat16                 # peaks of other dtypes are not in the table
+        self.peak = next((peak for part, peak in PEAKS.items() if part in name), None) if known else None
+
+    def __call__(self, tokens_per_second):
+        if not self.on:
+            return ""
+        share = f" | {tokens_per_second * self.flops / self.peak:.1%} of the peak" if self.peak else ""
+        return f"{share} | {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GB at most"
+
+
+def try_compile(model, batch, amp, say, asked=True):
+    """torch.compile, tried out on one batch; the model itself, with the reason, where that fails. asked: it was asked for, so it
+    is taken if it works; else only if it is faster."""
+    def seconds(net, times):
+        """Of a pass forward and backward: the median."""
+        taken = []
+        for _ in range(times):
+            start = time.perf_counter()
+            with amp():
+                loss = net(batch)[0].sum()
+            loss.backward()
+            if batch.is_cuda:
+                torch.cuda.synchronize(batch.device)
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
+    compiled, reason = torch.compile(model), "yes"
     try:
-        with amp():
-            compiled(batch)[0].sum().backward()
+        seconds(compiled, 1)                                        # compiles
+        if not asked:
+            seconds(model, 1)
+            plain, faster = seconds(model, 5), seconds(compiled, 5)
+            reason = f"{'yes' if faster < plain else 'no'}: {plain / faster:.2f} times as fast as without, in a trial"
+            compiled = compiled if faster < plain else model
     except Exception as e:                                          # a compiler can raise anything
-        say(f"compile   no: {type(e).__name__}: {str(e).strip().splitlines()[0][:160]}")
-        compiled = model
-    else:
-        say("compile   yes")
+        reason, compiled = f"no: {type(e).__name__}: {str(e).strip().splitlines()[0][:160]}", model
+    say(f"compile   {reason}")
     model.zero_grad(set_to_none=True)
     return compiled

@@ -28,7 +28,8 @@ class Settings:
     device: str = option("auto", "cuda, mps, cpu, or auto")
     dtype: str = option("auto", "bf16 (autocast), float32, or auto: bf16 on a GPU that has it")
     fsdp: bool = option(False, "split weights, gradients and optimiser over the processes of torchrun: for models beyond one GPU")
-    compile: bool = option(False, "torch.compile; falls back, saying why, where that fails")
+    compile: bool | None = option(None, "torch.compile; falls back, saying why, where that fails (left out: on a single GPU, if a "
+                                        "trial says that it is faster)")
     threads: str = option("auto", "of a CPU: a number, or auto: one for each core, fewer while other programs are busy (each "
                                   "number rounds differently, so only a fixed one is sure to repeat a run bit for bit)")
     seed: int = option(1337, "of the weights, the order of the data and dropout")
@@ -116,7 +117,7 @@ def parse(argv):
         if shown == "preset":
             shown = ", ".join(f"{values[f.name]} on a {name.upper()}" for name, values in PRESETS.items())
         text = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
-        if f.type is bool:
+        if f.type in (bool, bool | None):
             p.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         else:
             p.add_argument(f"--{f.name}", type=kinds[f.type], metavar=getattr(f.type, "__name__", str(f.type)).upper(), help=text)

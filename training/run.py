@@ -26,10 +26,10 @@ class Run:
     the batch that goes through the model at once.
     """
 
-    def __init__(self, s, saved, processes, task, config, model, optimizer, device, amp, local, micro, threads):
+    def __init__(self, s, saved, processes, task, config, model, optimizer, device, amp, local, micro, threads, meter):
         self.s, self.out, self.processes, self.say, self.task, self.config = s, saved.out, processes, processes.say, task, config
         self.model, self.optimizer, self.device, self.amp, self.local, self.micro = model, optimizer, device, amp, local, micro
-        self.threads = threads
+        self.threads, self.meter = threads, meter
         before = saved.checkpoint or {"step": 0, "seconds": 0.0, "best": math.inf}
         self.step, self.seconds_before, self.best = before["step"], before["seconds"], before["best"]
         self.log = Log(self.out / "log.csv", self.step, s.log == "tensorboard") if processes.first else None
@@ -143,7 +143,7 @@ class Run:
         speed = (self.step - self.last_step) * s.batch_size * s.context / (now - self.last_time)
         left, bits = self.seconds * (1 - self.progress) / self.progress, self.smooth * self.task.bits_per_nat
         self.say(f"step {self.step}/{s.max_steps} | loss {self.smooth:.4f}{f' | {bits:.3f} bits/byte' if bits else ''} | "
-                 f"lr {self.lr:.2e} | grad {norm:.2f} | {speed:,.0f} tokens/s | {left:.0f} s left")
+                 f"lr {self.lr:.2e} | grad {norm:.2f} | {speed:,.0f} tokens/s{self.meter(speed)} | {left:.0f} s left")
         self.write(train_loss=mean, lr=self.lr, grad_norm=norm, tokens_per_second=speed, skipped=self.skipped)
         self.pending, self.last_step, self.last_time = [], self.step, now
 
