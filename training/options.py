@@ -28,7 +28,7 @@ class Settings:
     device: str = option("auto", "cuda, mps, cpu, or auto")
     dtype: str = option("auto", "bf16 (autocast), float32, or auto: bf16 on a GPU that has it")
     fsdp: bool = option(False, "split weights, gradients and optimiser over the processes of torchrun: for models beyond one GPU")
-    compile: bool | None = option(None, "torch.compile; falls back, saying why, where that fails (left out: on a single GPU, if a "
+    compile: bool | None = option(None, "torch.compile; falls back, saying why, where that fails (left out: on one GPU, if a "
                                         "trial says that it is faster)")
     threads: str = option("auto", "of a CPU: a number, or auto: one for each core, fewer while other programs are busy (each "
                                   "number rounds differently, so only a fixed one is sure to repeat a run bit for bit)")
