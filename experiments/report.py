@@ -104,6 +104,19 @@ def forms(bench):
     return table(["T", "m", *heads], [[T, m, *(cell(both[way], key) for way, key in keys)] for (T, m), both in rows.items()])
 
 
+def gpu(folder):
+    """What experiments.gpu found, a table for each part; empty where it was not run."""
+    tables = []
+    for file in sorted(folder.glob("part-*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        columns = list(dict.fromkeys(key for row in found["rows"] for key in row if key not in ("name", "took", "all")))
+        rows = [[row["name"], *(f"{row[key]:.4g}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in columns)]
+                for row in found["rows"]]
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        tables.append(f"**{found['title'].replace('_', ' ')}**, {found['device']} ({versions})\n\n{table(['', *columns], rows)}")
+    return "\n".join(tables)
+
+
 START, END = "<!-- written by experiments/report.py -->\n", "<!-- end -->\n"
 
 
@@ -144,7 +157,7 @@ that. Another number of threads rounds differently and moves the third decimal.
     headline = table(["", "bits per byte, context 256", "rise of the loss 128 times beyond the training length, %"], rows)
     did = json.loads((HERE / "results/survives.json").read_text(encoding="utf-8"))
     scans = json.loads((HERE / "results/bench_cpu_epyc.json").read_text(encoding="utf-8"))["rows"]
-    tables = {"README.md": headline, "docs/robustness.md": survives(did), "docs/speed.md": forms(scans)}
+    tables = {"README.md": headline, "docs/robustness.md": survives(did), "docs/speed.md": forms(scans) + gpu(HERE / "results/gpu")}
     return {HERE / "RESULTS.md": page, **{ROOT / name: between_marks(ROOT / name, body) for name, body in tables.items()}}
 
 

@@ -7,9 +7,9 @@ import time
 import pytest
 
 import train as train_py
-from experiments import bench_scan
+from experiments import bench_scan, gpu, report
 from experiments import run as experiments
-from tests.helpers import ROOT, log_rows
+from tests.helpers import ROOT, kernel, log_rows, needs_triton
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.options import parse
 
@@ -81,3 +81,43 @@ def test_bench(tmp_path, capsys):
     assert all(low <= median <= high for row in rows for median, low, high in row.get("seconds", {}).values())
     assert all(row["share_of_roofline"] > 0 for row in rows if row["table"] == "forms")
     assert "b.json" in capsys.readouterr().out
+
+
+@needs_triton
+def test_the_first_half_hour_on_a_gpu(tmp_path, capsys):
+    """All parts in the interpreter: complete tables, of which experiments.report makes a page."""
+    gpu.main(["--out", str(tmp_path)])
+    found = [json.loads((tmp_path / f"part-{n}.json").read_text()) for n in gpu.PARTS]
+    rows = {part["title"]: part["rows"] for part in found}
+    assert not [row for some in rows.values() for row in some if "failed" in row or "left_out" in row]
+    assert all(row["right"] for row in rows["right"]) and not any(row["different"] for row in rows["races"])
+    assert {f"{name} ms" for name in kernel.launches(16, 32, gpu.DTYPE)} <= rows["kernel_times"][0].keys()
+    assert {row["name"] for row in rows["tile_sweep"]} > set(kernel.launches(16, 32, gpu.DTYPE))
+    assert all(row["same"] and row["faster tokens/s"] > 0 for row in rows["steps"])
+    assert all(row["tokens/s"] > 0 for row in rows["training"]) and "absent" in rows["peers"][-1]
+    page = report.gpu(tmp_path)
+    assert page.count("\n| --- |") == len(gpu.PARTS) and "B 1, temperature 0" in page and not report.gpu(tmp_path / "none")
+
+
+@needs_triton
+def test_what_fails_there_is_a_row(tmp_path, monkeypatch, capsys):
+    """A wrong kernel, a kernel that cannot start, a part that cannot begin, no time left: the rest runs."""
+    scan = kernel.scan_triton
+    monkeypatch.setattr(kernel, "scan_triton", lambda *a: tuple(1.5 * v for v in scan(*a)))
+    gpu.main(["--out", str(tmp_path), "--part", "1"])
+    rows = json.loads((tmp_path / "part-1.json").read_text())["rows"]
+    assert rows and not any(row["right"] for row in rows) and rows[0]["error"] == pytest.approx(0.5, rel=0.1)
+    monkeypatch.setattr(kernel, "scan_triton", None)
+    monkeypatch.setattr(gpu, "inputs", None)
+    gpu.main(["--out", str(tmp_path)])
+    found = {n: json.loads((tmp_path / f"part-{n}.json").read_text())["rows"] for n in gpu.PARTS}
+    assert all("TypeError" in row["failed"] for n in (1, 2, 3) for row in found[n]) and "failed" in found[4][0]
+    assert all(row["same"] for row in found[5])
+    gpu.main(["--out", str(tmp_path), "--part", "5", "--minutes", "1e-9"])
+    assert {row["left_out"] for row in json.loads((tmp_path / "part-5.json").read_text())["rows"]} == {"no time left"}
+    for wrong in (["--out", str(tmp_path), "--minutes", "0"], ["--out", str(tmp_path), "--minutes", "nan"], ["--part", "9"],
+                  ["--out", str(tmp_path / "part-1.json")]):
+        with pytest.raises(SystemExit) as e:
+            gpu.main(wrong)
+        said = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("experiments.gpu: error: ")
