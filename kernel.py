@@ -319,10 +319,10 @@ def tiles(m: int, d: int, dtype: torch.dtype) -> dict:
     """Compile-time numbers for a shape (m a multiple of 16) and x's dtype. Chosen so that on sm_80, sm_89 and sm_90 no
     kernel spills a register or needs more than 99 KB of shared memory, which tests/test_kernel_builds.py asserts."""
     precise, bf16 = dtype == torch.float32, dtype == torch.bfloat16
-    C, BD = (32, 32) if precise else (64, 64)
+    C, BM, BD = (32, 32, 32) if precise else (32, 64, 64) if bf16 else (64, 64, 64)
     # fp16 cannot hold kappa, nor TF32 the 24 bits of float32: fp16 is multiplied in TF32, float32 without tensor cores.
     operand = tl.bfloat16 if bf16 and not INTERPRETED else tl.float32       # Triton interprets products of bf16 wrongly
-    return dict(C=C, BM=min(C, triton.next_power_of_2(m)), BD=BD, OPERAND=operand,
+    return dict(C=C, BM=min(BM, triton.next_power_of_2(m)), BD=BD, OPERAND=operand,
                 PRECISION="ieee" if precise else "tf32")
 
 
@@ -332,19 +332,21 @@ def launches(m: int, d: int, dtype: torch.dtype) -> dict:
     t = tiles(m, d, dtype)
     small, dots = dict(m=m, C=t["C"], BM=t["BM"], num_warps=4), dict(m=m, d=d, **t, num_warps=4, num_stages=2)
     states = dict(dots, num_warps=4 if t["BM"] == 64 else 8)
+    # Token by token: a warp alone needs no barrier, and with chunks of 32 its registers hold the coefficients.
+    mix, rows, theta = (1, 1, 2) if t["C"] * t["BM"] <= 2048 else (4, 8, 8)
     return dict(decays=(decays_kernel, small),
                 states=(states_kernel, dict(states, BACKWARD=False, num_stages=3)),
                 states_back=(states_kernel, dict(states, BACKWARD=True)),
                 products=(products_kernel, dict(dots, GRAM=True, ROWDOT=True)),
                 products_dy=(products_kernel, dict(dots, GRAM=True, ROWDOT=False)),
                 products_L=(products_kernel, dict(dots, GRAM=False, ROWDOT=True)),
-                mix=(mix_kernel, dict(small, d=d, BACKWARD=False)),
-                mix_back=(mix_kernel, dict(small, d=d, BACKWARD=True)),
+                mix=(mix_kernel, dict(small, d=d, BACKWARD=False, num_warps=mix)),
+                mix_back=(mix_kernel, dict(small, d=d, BACKWARD=True, num_warps=mix)),
                 read=(read_kernel, dict(dots, BACKWARD=False)),
                 read_back=(read_kernel, dict(dots, BACKWARD=True, num_warps=8, num_stages=1)),
-                rows=(rows_kernel, dict(small, d=d, num_warps=8)),
+                rows=(rows_kernel, dict(small, d=d, num_warps=rows)),
                 carry=(carry_kernel, dict(m=m, BM=triton.next_power_of_2(m), num_warps=4)),
-                theta=(theta_kernel, dict(small, num_warps=8)))
+                theta=(theta_kernel, dict(small, num_warps=theta)))
 
 
 class Launcher:

@@ -72,3 +72,14 @@ def test_the_page_on_other_tools_says_what_was_measured():
     assert claim.format(*faster.values()) in words
     for name, corpus in CORPORA.items():
         assert f"{name:16}{corpus.size:60}{corpus.licence:18}" in page
+
+
+def test_the_page_on_speed_says_what_the_compiler_made():
+    """docs/speed.md: the counts of the machine code, before the chunks of bf16 had 32 tokens and now."""
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    before, now = ({row["kernel"]: row for row in json.loads((ROOT / f"experiments/results/{name}.json").read_text())}
+                   for name in ("builds_sm90_before", "builds_sm90"))
+    for name in ("mix", "mix_back", "rows", "theta"):
+        pairs = [(row["warps"], *(row["warps"] * row[key] for key in ("all", "shuffles")), row["barriers"])
+                 for row in (before[name], now[name])]
+        assert f"| {name} | " + " | ".join(f"{a:,} -> {b:,}" for a, b in zip(*pairs, strict=True)) + " |" in page

@@ -1,0 +1,93 @@
+"""kernel.py compiled for GPUs that need not be here, and what the machine code is made of: python -m experiments.builds
+
+Prints, for bf16, m 64 and d 1024 on sm_90 (or --capability N), of each kernel: registers of a program, bytes spilled, shared
+memory, and how many instructions its code has, of them shuffles between threads, barriers, tensor core products, accesses to
+memory and to shared memory. The recurrences (mix, mix_back, rows, theta) run their loop once per token of a chunk.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from data.messages import one_line
+
+KINDS = {"shuffles": "SHFL", "barriers": "BAR", "products": "HGMMA|HMMA|WGMMA", "memory": "LDG|STG|LDGSTS",
+         "in shared": "LDS|STS|LDSM"}
+COLUMNS = "kernel", "warps", "registers", "spilled", "shared", "all", *KINDS
+
+
+def tool(name):
+    """One of NVIDIA's programs that come with Triton."""
+    import triton
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
+
+
+def build(capability, dtype, m, d):
+    """Compile every kernel for a shape: yields {"kernel", "registers", "spilled", "shared", ...}. Needs TRITON_INTERPRET unset, a
+    folder TRITON_CACHE_DIR, and no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    import kernel
+    name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    low = "*bf16" if dtype == torch.bfloat16 else "*fp32"
+    types = {**dict.fromkeys("write w1 w2 wF qF states states1 states2".split(), low),
+             **dict.fromkeys("x v v1 v2 out y".split(), name[dtype]), "T": "i32", "N": "i32", "eps": "fp32", "rows": "*i64"}
+    step = dict(m=m, d=d, k=m // 4, DENSE=False, **kernel.step_tiles(m // 4, d))
+    for label, (function, options) in {**kernel.launches(m, d, dtype), "step": (kernel.step_kernel, step)}.items():
+        launch = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
+        constants = {k: v for k, v in options.items() if k not in launch}
+        signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in function.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(function.arg_names) if signature[n].startswith("*")}
+        source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+        binary = Path(os.environ["TRITON_CACHE_DIR"], f"{capability}.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        done = subprocess.run([tool("cuobjdump"), "-res-usage", binary], capture_output=True, text=True, check=True)
+        use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+        yield {"capability": capability, "kernel": label, "dtype": str(dtype), "m": m, "d": d, "warps": launch["num_warps"],
+               "registers": use["REG"] * 32 * launch["num_warps"], "spilled": use["STACK"] + use["LOCAL"],
+               "shared": compiled.metadata.shared}, binary
+
+
+def instructions(binary):
+    """{kind: number in the machine code}, "all" included; {} where NVIDIA's disassembler is missing."""
+    if not tool("nvdisasm").exists():
+        return {}
+    code = subprocess.run([tool("nvdisasm"), "-c", binary], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
+    return {"all": len(found), **{kind: sum(bool(re.fullmatch(names, op)) for op in found) for kind, names in KINDS.items()}}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="python -m experiments.builds", description="What the kernels are compiled to.",
+                                allow_abbrev=False)
+    p.error = lambda message: p.exit(2, f"experiments.builds: error: {one_line(message)}; --help lists the options\n")
+    p.add_argument("--capability", type=int, default=90, help="of the GPU: 80, 89, 90, 100, 120 (default: 90)")
+    p.add_argument("--m", type=int, default=64)
+    p.add_argument("--d", type=int, default=1024)
+    p.add_argument("--json", metavar="FILE", type=Path, help="write the rows")
+    a = p.parse_args(argv)
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.update(TRITON_INTERPRET="0", TRITON_CACHE_DIR=cache)
+        try:
+            for row, binary in build(a.capability, torch.bfloat16, a.m, a.d):
+                rows.append({**row, **instructions(binary)})
+                for words in ([COLUMNS] if len(rows) == 1 else []) + [[rows[-1].get(column, "") for column in COLUMNS]]:
+                    print("  ".join(f"{word!s:>11}" for word in words), flush=True)
+        except (ImportError, OSError, subprocess.CalledProcessError, ValueError) as e:
+            sys.exit(f"experiments.builds: error: {one_line(e)}")
+    if a.json:
+        a.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
