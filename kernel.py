@@ -166,7 +166,7 @@ def mix_kernel(theta, phi, S, K, n0, suffix, kappa, kappa_in, A, wF, eps, T, N, 
             n = tl.maximum(a * a * n + th * (2 * a * hx + th * K_tt), 0.0)
             w = tl.load(phi + at, mask=rows, other=0.0) * tl.rsqrt(n / d + eps)
         E, F = tl.where(s[:, None] == t, th[None, :], E * a[None, :]), F * a
-        tl.store(A + t * C + s, tl.sum(E * w[None, :], 1))
+        tl.store(A + t * C + s, tl.sum(E * w[None, :], 1).to(A.dtype.element_ty))
         tl.store(wF + at, (w * F).to(wF.dtype.element_ty), mask=rows)
 
 
@@ -225,7 +225,7 @@ def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, 
         g = F * tl.load(Y + at, mask=rows, other=0.0) + tl.sum(E * tl.load(M + (bc * C + t) * C + s)[:, None], 0)
         q_t = tl.load(phi + at, mask=rows, other=0.0) * r
         tl.store(q + at, q_t, mask=rows)
-        tl.store(A + t * C + s, tl.sum(E * q_t[None, :], 1))
+        tl.store(A + t * C + s, tl.sum(E * q_t[None, :], 1).to(A.dtype.element_ty))
         tl.store(qF + at, (q_t * F).to(qF.dtype.element_ty), mask=rows)
         tl.store(dphi + at, r * g, mask=rows)
         tl.store(c_t + at, q_t * r * r * g / d, mask=rows)
@@ -333,7 +333,7 @@ def launches(m: int, d: int, dtype: torch.dtype) -> dict:
     small, dots = dict(m=m, C=t["C"], BM=t["BM"], num_warps=4), dict(m=m, d=d, **t, num_warps=4, num_stages=2)
     states = dict(dots, num_warps=4 if t["BM"] == 64 else 8)
     # Token by token: a warp alone needs no barrier, and with chunks of 32 its registers hold the coefficients.
-    mix, rows, theta = (1, 1, 2) if t["C"] * t["BM"] <= 2048 else (4, 8, 8)
+    mix, rows, theta = (1, 1, 2) if t["C"] == 32 else (4, 8, 8)
     return dict(decays=(decays_kernel, small),
                 states=(states_kernel, dict(states, BACKWARD=False, num_stages=3)),
                 states_back=(states_kernel, dict(states, BACKWARD=True)),
@@ -387,7 +387,7 @@ def scan(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float,
     run = Launcher(theta, x)
     with torch.cuda.device_of(x):
         write, suffix, keep, states, hT, S, K, n0 = common(run, theta, x, h0)
-        y, A, qF = torch.empty_like(x), theta.new_empty(run.MB, run.B * run.N, run.C, run.C), torch.empty_like(write)
+        y, A, qF = torch.empty_like(x), write.new_empty(run.MB, run.B * run.N, run.C, run.C), torch.empty_like(write)
         run("mix", theta, phi, S, K, n0, suffix, suffix, keep, A, qF, eps)
         run("read", qF, states, A, x, qF, states, A, x, y)
     return y, hT, *(v.new_empty(0) if recompute else v for v in (states, S, K, n0))
@@ -410,7 +410,7 @@ def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, states: Ten
         kappa_out, kappa_in, kappa_0 = torch.empty_like(keep), torch.empty_like(keep), torch.empty_like(h0[..., 0])
         run("products_dy", dy, x, states, states, Y, M, n0)
         # A and q F for the gradient of the reads, and the like with -theta kappa for that of the writes and norms.
-        A, A2 = theta.new_empty(2, run.MB, run.B * run.N, run.C, run.C)
+        A, A2 = write.new_empty(2, run.MB, run.B * run.N, run.C, run.C)
         qF, wF = torch.empty_like(write), torch.empty_like(write)
         run("rows", theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, dtheta, eps)
         run("carry", kappa_out, keep, kappa_in, kappa_0)

@@ -38,7 +38,7 @@ def build(capability, dtype, m, d):
     import kernel
     name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     low = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-    types = {**dict.fromkeys("write w1 w2 wF qF states states1 states2".split(), low),
+    types = {**dict.fromkeys("write w1 w2 wF qF A A1 A2 states states1 states2".split(), low),
              **dict.fromkeys("x v v1 v2 out y".split(), name[dtype]), "T": "i32", "N": "i32", "eps": "fp32", "rows": "*i64"}
     step = dict(m=m, d=d, k=m // 4, DENSE=False, **kernel.step_tiles(m // 4, d))
     for label, (function, options) in {**kernel.launches(m, d, dtype), "step": (kernel.step_kernel, step)}.items():

@@ -10,7 +10,7 @@ import torch
 import fast
 from fast import check, graph
 from fmem import scan, scan_loop
-from tests.helpers import DEVICE, KERNEL_ERROR, ROOT, kernel, needs_triton, scan_inputs
+from tests.helpers import DEVICE, GPU, KERNEL_ERROR, ROOT, error, kernel, needs_triton, scan_inputs, with_gradients
 
 # Mistakes after which every kernel still runs: (what, the line as it stands, with the mistake).
 MISTAKES = [
@@ -164,3 +164,31 @@ def test_a_recorded_step_is_compared_with_single_ones(fault):
         state.fill_(1)
 
     assert graph.same_tokens(step, lambda: step(fault), token, restore) == (fault is None)
+
+
+ROUNDED = {torch.bfloat16: "{0}.to(tl.bfloat16).to(tl.float32)",
+           # TF32 has 10 of the 23 bits; cut off rather than rounded, which is the worst that a GPU may do
+           torch.float16: "({0}.to(tl.float32).to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)"}
+
+
+@needs_triton
+@pytest.mark.skipif(GPU, reason="a GPU rounds by itself")
+@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+def test_operands_rounded_as_tensor_cores_do(dtype, tmp_path):
+    """The interpreter multiplies float32 in the place of bf16 and TF32: here with operands that have only their bits. The errors
+    stay within those of the tests on a GPU."""
+    product = "tl.dot(a.to(OPERAND), b.to(OPERAND), acc,"
+    rounded = f"tl.dot({ROUNDED[dtype].format('a')}, {ROUNDED[dtype].format('b')}, acc,"
+    narrow = changed(tmp_path, product, rounded)
+    for T, m, d in ((67, 20, 24), (40, 70, 20)):
+        theta, phi, x, h0 = scan_inputs(T=T, m=m, d=d)
+        x = x.to(dtype).double()
+        want = with_gradients(scan_loop, [theta, phi, x, h0])
+        errors = {}
+        for name, module in (("float32", kernel), ("rounded", narrow)):
+            got = with_gradients(lambda theta, phi, x, h0, m=module: m.scan_triton(theta, phi, x.to(dtype), h0),
+                                 [theta, phi, x, h0], torch.float32)
+            errors[name] = [error(g, w) for g, w in zip(got, want, strict=True)]
+        assert all(e < KERNEL_ERROR[dtype] for e in errors["rounded"]), errors
+        # in bf16 nearly every operand was stored in bf16 before
+        assert max(errors["rounded"]) >= (1 if dtype == torch.bfloat16 else 1.1) * max(errors["float32"])
