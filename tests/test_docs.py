@@ -83,3 +83,5 @@ def test_the_page_on_speed_says_what_the_compiler_made():
         pairs = [(row["warps"], *(row["warps"] * row[key] for key in ("all", "shuffles")), row["barriers"])
                  for row in (before[name], now[name])]
         assert f"| {name} | " + " | ".join(f"{a:,} -> {b:,}" for a, b in zip(*pairs, strict=True)) + " |" in page
+    for version, found in json.loads((ROOT / "experiments/results/builds_triton.json").read_text()).items():
+        assert f"| {version} | {found['compiled']} | {len(found['spills'])} |" in page
