@@ -19,14 +19,19 @@ WANTED = os.environ.get("FMEM_CHECK") != "0"
 def wrong(kernel, device: torch.device, m: int, d: int, dtype: torch.dtype) -> str | None:
     """What the kernels of the module `kernel` get wrong for m rows of d numbers, in a few words; None if nothing."""
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            for name, got, want in [*scans(kernel, device, m, d, dtype), *steps(kernel, device, m, d, dtype)]:
-                error = ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
-                if not error <= TOLERANCE[dtype]:           # NaN is not
-                    return f"{name} is wrong here by {error:.1e} of its size; please report it, with GPU and Triton version"
+        for name, error in errors(kernel, device, m, d, dtype).items():
+            if not error <= TOLERANCE[dtype]:               # NaN is not
+                return f"{name} is wrong here by {error:.1e} of its size; please report it, with GPU and Triton version"
     except Exception as e:                                  # compilers, drivers and launches raise all sorts
         return f"they fail here ({type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0][:200]})"
     return None
+
+
+def errors(kernel, device: torch.device, m: int, d: int, dtype: torch.dtype) -> dict[str, float]:
+    """The relative root mean square error of every output, gradient and step. It may be asked for where no gradients are kept."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        found = [*scans(kernel, device, m, d, dtype), *steps(kernel, device, m, d, dtype)]
+        return {name: ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item() for name, got, want in found}
 
 
 def inputs(T: int, m: int, d: int) -> list[Tensor]:

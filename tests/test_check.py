@@ -146,6 +146,8 @@ def test_the_check_leaves_everything_as_it_was():
         said = check.wrong(form, torch.device("cpu"), 4, 6, torch.float32)
         assert not torch.is_grad_enabled()
     assert "they fail here (TypeError" in said  # there is no step: the scan was right
+    with torch.inference_mode():
+        assert check.wrong(form, torch.device("cpu"), 4, 6, torch.float32) == said
     assert torch.equal(before, torch.get_rng_state())
 
 
