@@ -13,6 +13,10 @@ from pathlib import Path
 from data.messages import DataError, one_line
 from data.tokenizer import EOT
 
+# What archives make their readers raise: damaged ones the first four, zipfile a KeyError where the member is missing, and a
+# RuntimeError where it is encrypted or packed in a way that it does not know.
+UNPACKING = zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, KeyError, RuntimeError
+
 
 @dataclass
 class Source:
@@ -72,7 +76,7 @@ class Source:
                     f = stack.enter_context(gzip.open(raw))
                 whole = max(self.path.stat().st_size, 1)
                 yield f, lambda: min(raw.tell() / whole, 1.0)
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError, gzip.BadGzipFile) as e:
+        except UNPACKING as e:
             raise DataError(f"{self.path} cannot be unpacked: {one_line(e)}") from None
 
 
@@ -130,7 +134,7 @@ def raw_blocks(f, span):
         yield raw.lstrip(CONTINUE) if first else raw
         first = False
     rest = f.read(3)
-    yield rest[:len(rest) - len(rest.lstrip(CONTINUE))] or b""
+    yield rest[:len(rest) - len(rest.lstrip(CONTINUE))]
     yield b""
 
 

@@ -83,6 +83,11 @@ def survives(did):
         ["a corpus of .txt, .jsonl and .jsonl.gz", f"{large['bytes'] / 1e9:.2f} GB, {large['workers']} cores",
          f"{large['peak_mb']} MB of memory at most; {large['mb_per_second']:.1f} MB/s (tiktoken alone: "
          f"{large['tiktoken_mb_per_second']:.1f})"],
+        ["answers of a server to a download: broken off, stalled, of another file, no HTTP", f"{did['downloads']['answers']:,} downloads",
+         f"{did['downloads']['fetched']:,} right in the end, one line for the others; nothing wrong got its name"],
+        ["the same damage to exported folders", f"{did['exports']['mutations']:,} files", "all noticed by --check"],
+        ["lines of a conversation, bytes of all sorts", f"{did['conversation']['lines']:,} lines",
+         f"{did['conversation']['refused']:,} refused in one line, the others answered"],
         ["one of two processes of torchrun killed, the model whole in each or split (--fsdp)",
          f"resumed with {did['dead_process']['resumed_with']} and {did['dead_process--fsdp']['resumed_with']}",
          "the run ends in one line; then the losses of one process, to rounding"]]

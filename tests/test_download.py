@@ -2,6 +2,7 @@
 import hashlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,17 @@ def test_redirects_are_followed_but_not_into_the_open(server, path):
         with pytest.raises(DataError):
             fetch(address, path.with_name("other"), pauses=())
     assert left(path) == ["file", "file.sha256"]
+
+
+def test_progress_with_the_time_left(server, path, monkeypatch, capsys):
+    """A line for every ten seconds, here of a clock of our own: a second for each look."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(download.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(download, "BLOCK", 10_000)
+    server.files["/file"] = BODY
+    fetch(f"{server.address}/file", path)
+    left = re.findall(r"data: file 0 of 0 MB, (\d+) s left, [\d.]+ MB/s", capsys.readouterr().out)
+    assert len(left) >= 2 and list(map(int, left)) == sorted(map(int, left), reverse=True)
 
 
 def test_too_little_room(server, path, monkeypatch):

@@ -216,6 +216,7 @@ def test_the_harness_finds_what_we_find(batch_size, transformers, checkpoints, t
 
 # ----------------------------------------------------------------------------------------------------------- bad input
 
+@pytest.mark.slow
 def test_damaged_exports_are_noticed(exported, tmp_path):
     """Bits turned, pieces lost or put in, in every file: --check says so in one line; whole folders pass."""
     folder, g, n = exported["memory"][0], random.Random(0), 60 if SLOW else 12
