@@ -1,19 +1,24 @@
-"""Two tasks that test recall alone, generated for every batch: `python train.py --data mqar` or `--data passkey`.
+"""Tasks that test recall alone, generated for every batch: `python train.py --data mqar`, or another of these.
 
     mqar     k1 v1 k2 v2 ... kn vn ? k7 v7 k2 v2 ...      multi-query associative recall (Zoology, arXiv 2312.04927): each key
                                                           has a random value, and every key is asked for: in
                                                           training over and over, to the window's end; in a test once
     passkey  noise ... ! d1 d2 d3 d4 noise ... ? d1 d2 d3 d4      four random digits to be kept while noise goes by
+    copy     . . v1 . v2 . . . v3 . ... ? v1 v2 v3 ...            selective copying (Mamba, arXiv 2312.00752): 16 values among
+                                                          blanks, to be written down in their order
+    repeat   a1 ... a16 b1 ... b16 ? b1 ... b16 a1 ... a16        strings of 16 tokens, no token twice, then again in another
+                                                          order, in training over and over
 
-Only the answers, which follow "?", count in the loss and in the accuracy; the rest cannot be predicted.
+Only the answers, which follow "?", count in the loss and in the accuracy; the rest cannot be predicted. Neither can the first
+token of a string that is repeated, which therefore does not count.
 """
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-TASKS = "mqar", "passkey"
 KEYS = VALUES = NOISE = 64              # tokens 0 ... 63: keys, or noise; from 64 on: values, of which ten are the digits
 DIGITS, LENGTH = 10, 4
+STRING = 16                             # values to be copied, or tokens of a string to be repeated
 ASK, HERE, FILL = 128, 129, 130         # "?", "!", and what fills a window up
 VOCAB = 131
 
@@ -27,7 +32,7 @@ class Recall:
     """Windows of context + 1 tokens of one of the TASKS; like training/batches.py's a function of (seed, step) alone."""
 
     def __init__(self, task, context, batch_size=1, seed=0):
-        shortest = {"mqar": 17, "passkey": 2 * LENGTH + 2}[task]
+        self.generator, shortest = TASKS[task]
         if context < shortest:
             raise ValueError(f"--data {task} needs a --context of at least {shortest}, not {context}")
         self.task, self.context, self.batch_size, self.seed = task, context, batch_size, seed
@@ -38,16 +43,18 @@ class Recall:
         return self.make(np.random.default_rng([self.seed, step]), self.batch_size)[part]
 
     def make(self, rng, n, hard=None):
-        """n windows. hard: the number of pairs, or the tokens from the passkey to the question; None: at random."""
-        windows = [(mqar if self.task == "mqar" else passkey)(rng, self.context + 1, hard) for _ in range(n)]
+        """n windows. hard: what makes the task hard, see the generators below; None: at random, as in training."""
+        windows = [self.generator(rng, self.context + 1, hard) for _ in range(n)]
         return torch.from_numpy(np.stack(windows).astype(np.int64))
 
-    @staticmethod
-    def targets(windows):
+    def targets(self, windows):
         """What the model must predict: the answers, int64 [windows, context]; elsewhere -100, which cross_entropy leaves out."""
-        asked = (windows == ASK).cumsum(1)[:, 1:] > 0
-        answer = asked & (windows[:, 1:] >= KEYS) & (windows[:, 1:] < KEYS + VALUES)
-        return windows[:, 1:].masked_fill(~answer, -100)
+        asked, tokens = (windows == ASK).cumsum(1)[:, :-1], windows[:, 1:]
+        if self.task == "repeat":       # the second to last token of each string
+            answer = (asked > 0) & ((asked.cumsum(1) - 1) % STRING != 0) & (tokens < FILL)
+        else:
+            answer = (asked > 0) & (tokens >= KEYS) & (tokens < KEYS + VALUES)
+        return tokens.masked_fill(~answer, -100)
 
     @torch.no_grad()
     def evaluate(self, model, device, amp, windows=256, hard=None, batch=8, seed=2**31, piece=2048):
@@ -71,6 +78,7 @@ class Recall:
 
 
 def mqar(rng, length, pairs=None):
+    """pairs: how many are to be kept."""
     most = min((length - 1) // 4, KEYS)
     training = pairs is None
     if training:                        # 4, 8, 16, ... pairs: each as often as the others
@@ -79,12 +87,18 @@ def mqar(rng, length, pairs=None):
         raise ValueError(f"{length - 1} tokens have room for 1 to {most} pairs, not {pairs}")
     keys = rng.permutation(KEYS)[:pairs]
     both = np.stack([keys, KEYS + rng.integers(VALUES, size=pairs)], 1)
-    times = -(-length // (2 * pairs)) if training else 1
-    asked = [both[rng.permutation(pairs)].ravel() for _ in range(times)]
-    return np.concatenate([both.ravel(), [ASK], *asked, np.full(length, FILL)])[:length]
+    return asked_for(rng, both, length, training)
+
+
+def asked_for(rng, rows, length, training):
+    """The rows, then the rows in another order: once, or over and over to the end of the window."""
+    times = -(-length // rows.size) if training else 1
+    again = [rows[rng.permutation(len(rows))].ravel() for _ in range(times)]
+    return np.concatenate([rows.ravel(), [ASK], *again, np.full(length, FILL)])[:length]
 
 
 def passkey(rng, length, distance=None):
+    """distance: tokens between the passkey and the question."""
     key = KEYS + rng.integers(DIGITS, size=LENGTH)
     most = length - 2 * LENGTH - 2      # noise between passkey and question, if the passkey comes first
     if distance is None:
@@ -93,3 +107,27 @@ def passkey(rng, length, distance=None):
         raise ValueError(f"{length - 1} tokens have room for a distance of 0 to {most}, not {distance}")
     noise = rng.integers(NOISE, size=most)
     return np.concatenate([noise[distance:], [HERE], key, noise[:distance], [ASK], key])
+
+
+def copy(rng, length, values=None):
+    """values: how many are to be copied, from 4 to STRING at random while training."""
+    values = rng.integers(4, STRING + 1) if values is None else values
+    blanks = length - STRING - 1
+    if not 1 <= values <= STRING:
+        raise ValueError(f"1 to {STRING} values can be copied, not {values}")
+    before, copied = np.full(blanks, FILL), KEYS + rng.integers(VALUES, size=values)
+    before[np.sort(rng.choice(blanks, values, replace=False))] = copied
+    return np.concatenate([before, [ASK], copied, np.full(STRING, FILL)])[:length]
+
+
+def repeat(rng, length, strings=None):
+    """strings: how many are to be kept."""
+    most, training = min((length - 1) // (2 * STRING), (KEYS + VALUES) // STRING), strings is None
+    strings = rng.integers(1, most + 1) if training else strings
+    if not 1 <= strings <= most:
+        raise ValueError(f"{length - 1} tokens have room for 1 to {most} strings, not {strings}")
+    return asked_for(rng, rng.permutation(KEYS + VALUES)[:strings * STRING].reshape(-1, STRING), length, training)
+
+
+# the generator of each, and its shortest context
+TASKS = {"mqar": (mqar, 17), "passkey": (passkey, 2 * LENGTH + 2), "copy": (copy, 2 * STRING), "repeat": (repeat, 2 * STRING)}

@@ -2,7 +2,7 @@
 
     --loss      loss on the validation text, in windows of the training length, by position in the window
     --long N    the same text in windows from 32 tokens to N times the training length: does a longer past help, or hurt?
-    --recall    text: how much better a passage is predicted the second time; tasks (mqar, passkey): share of right answers
+    --recall    text: how much better a passage is predicted the second time; recall tasks: share of right answers
     --routing   the memory alone: which rows are used, how sharply, by which tokens, and how long they keep what they hold
 
 Prints tables, and writes them with --json and --figure. The same checkpoint and options always give the same numbers on the
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from data import token_files
 from data.messages import one_line
-from data.recall import LENGTH, TASKS, Recall
+from data.recall import LENGTH, STRING, TASKS, Recall
 from data.tokenizer import token_strings
 from fmem import FactorizationMemory
 from training.checkpoint import load_checkpoint, model_from, tokenizer_of
@@ -156,20 +156,27 @@ def measure_recall(model, checkpoint, text, device):
     return {"task": "repeat", "passage": passage, "windows": n, "rows": rows}
 
 
+HARD = {"mqar": "pairs", "passkey": "distance", "copy": "length", "repeat": "strings"}    # what makes each task hard
+
+
 def measure_task(model, checkpoint, device):
-    """Share of right answers against the number of pairs, or the distance of the passkey up to 128 training lengths."""
+    """Share of right answers against what makes the task hard; a passkey and values to copy up to 128 and 16 training lengths."""
     task, context, rows = checkpoint["corpus"], checkpoint["settings"]["context"], []
     if task == "mqar":
         cases = [(context, 4 * 2**i) for i in range(30) if 4 * 2**i <= min(context // 4, 128)]
-    else:
+    elif task == "passkey":
         cases = [(length, length - 2 * LENGTH - 1) for length in (context // 4, context, 4 * context, 16 * context, 128 * context)
                  if length >= 2 * LENGTH + 2]
+    elif task == "copy":
+        cases = [(length, STRING) for length in (context, 4 * context, 16 * context)]
+    else:
+        cases = [(context, strings) for strings in (1, 2, 4, 7) if 2 * STRING * strings <= context]
     for length, hard in cases:
         windows = max(min(256, 2**18 // length), 8)
         nats, right = Recall(task, length).evaluate(model, device, contextlib.nullcontext, windows, hard)
-        rows.append({"pairs" if task == "mqar" else "distance": hard, "windows": windows, "nats": nats, "right": right})
-    table(["pairs" if task == "mqar" else "tokens between", "nats per answer", "right"],
-          [[f"{hard:,}", f"{r['nats']:.3f}", f"{r['right']:.1%}"] for (_, hard), r in zip(cases, rows, strict=True)])
+        rows.append({HARD[task]: length if task == "copy" else hard, "windows": windows, "nats": nats, "right": right})
+    table([{"distance": "tokens between"}.get(HARD[task], HARD[task]), "nats per answer", "right"],
+          [[f"{r[HARD[task]]:,}", f"{r['nats']:.3f}", f"{r['right']:.1%}"] for r in rows])
     return {"task": task, "state_bytes": state_bytes(model, context), "rows": rows}
 
 
@@ -183,7 +190,7 @@ def state_bytes(model, length):
 
 def draw_recall(result, plt):
     figure, axes = plt.subplots(figsize=(6, 4))
-    key = "pairs" if result["task"] == "mqar" else "distance"
+    key = HARD.get(result["task"], "distance")
     if result["task"] == "repeat":
         for column in ("first", "second"):
             axes.plot([r[key] + 1 for r in result["rows"]], [r[column] for r in result["rows"]], "o-", label=f"{column} time")

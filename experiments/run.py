@@ -72,6 +72,21 @@ RATES = "4e-3", "16e-3", "8e-3", "2e-3", "1e-3"
 RATED = {"shift": "--shift", "shared+shift": "--shared_row --shift", "paper": "", "shared": "--shared_row",
          "transformer": "--mixer attention --n_head 4", "mamba2": "--mixer mamba2", "conv+gate": "--conv 4 --gate",
          "conv+gate+shift": "--conv 4 --gate --shift", "read_rank": "--read_rank 8"}
+# why the shared row helps: one part of it at a time, and what might do the same without it
+WHY = {"written": "--ablation shared=write", "read": "--ablation shared=read", "bias": "--ablation shared=bias",
+       "two": "--ablation shared=2", "average": "--ablation average", "gumbel": "--ablation gumbel",
+       "learned_rows": "--ablation learned_rows"}
+OVER = {"paper": "", "shared": "--shared_row"}      # looked at with --routing, every 100 steps
+SEATED = [(m, k) for m in (4, 16, 64, 256) for k in dict.fromkeys((m // 4, 4)) if k < m]     # m rows beside the shared one
+# two more tasks of recall, the rates of sections 1 and 8
+MORE_TASKS = {"copy": "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400",
+              "repeat": "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400"}
+MORE_RECALL = {"paper": "--lr 16e-3", "shift": "--shift --lr 16e-3", "shared+shift": "--shared_row --shift --lr 16e-3",
+               "conv+gate": "--conv 4 --gate --lr 16e-3", "mamba2": "--mixer mamba2 --lr 16e-3",
+               "transformer": "--mixer attention --n_head 4 --lr 4e-3"}
+PASSKEY = {"shift": "--shift", "shared": "--shared_row", "shared+shift": "--shared_row --shift"}
+# source code, and a longer context; after `python data/prepare.py --corpus stdlib`
+CODE = {"paper": "", "shared+shift+gate": "--shared_row --shift --gate", "mamba2": "--mixer mamba2", "transformer": "--mixer attention"}
 
 
 SHOWN = f"routing/sparse_{SEEDS[0]}"     # whose rows and sentence the page shows
@@ -120,6 +135,39 @@ def experiments():
     for model, options in TEN.items():
         lr, size = LR.get(model, "8e-3"), SIZE.replace("--eval_every 100", "--eval_every 500")
         runs[f"ten/{model}_{SEEDS[0]}"] = f"python train.py {size} {options} --lr {lr} --max_steps 5000"
+        runs[f"drop/{model}_{SEEDS[0]}"] = f"{runs[f'ten/{model}_{SEEDS[0]}']} --dropout 0.1"
+    for group in ("ten", "drop"):
+        for model in TEN:
+            runs[f"{group}-recall/{model}"] = (
+                f"python -m experiments.evaluate {OUT}/{group}/{model}_{SEEDS[0]}/last.pt --recall --long 32 --tokens 65536")
+    for seed in SEEDS:
+        for name, options in WHY.items():
+            runs[f"why/{name}_{seed}"] = f"python train.py {SIZE} {options} --lr 8e-3 --max_steps 500 --seed {seed}"
+    for seed in SEEDS:
+        for name, options in OVER.items():
+            run = f"over/{name}_{seed}"
+            runs[run] = f"python train.py {SIZE} {options} --lr 8e-3 --max_steps 500 --seed {seed} --keep_every 100"
+            for step in range(100, 600, 100):
+                runs[f"over-routing/{name}_{seed}_{step}"] = (
+                    f"python -m experiments.evaluate {OUT}/{run}/step-{step}.pt --routing --tokens 16384")
+    for seed in SEEDS:
+        for m, k in SEATED:
+            more = f"--shared_row --n_rows {m + 1} --k_rows {k} --tau 0.25 --seed {seed}"
+            runs[f"seated/{m}_{k}_{seed}"] = f"python train.py {SMALL} {more}"
+    for seed in SEEDS:
+        names = {f"{task}/{model}_{seed}": f"python train.py --data {task} {RECALL.replace('--lr 4e-3 ', '')} {size} {options}"
+                 for task, size in MORE_TASKS.items() for model, options in MORE_RECALL.items()}
+        names |= {f"passkey/m=64+{model}_{seed}": f"python train.py --data passkey {RECALL} {TASKS['passkey']} {options}"
+                  for model, options in PASSKEY.items()}
+        for name, command in names.items():
+            runs[name] = f"{command} --seed {seed}"
+        for name in names:
+            runs[f"recall-{name}"] = f"python -m experiments.evaluate {OUT}/{name}/last.pt --recall"
+    for model, options in CODE.items():
+        size = SIZE.replace("--context 256 --batch_size 8 --eval_every 100", "--context 1024 --batch_size 2 --eval_every 500")
+        lr = LR.get(model, "8e-3")
+        runs[f"code/{model}"] = f"python train.py --data data/stdlib {size} {options} --lr {lr} --max_steps 1500"
+        runs[f"code-long/{model}"] = f"python -m experiments.evaluate {OUT}/code/{model}/last.pt --long 8 --tokens 131072 --recall"
     for lr in RATES:
         for model, options in RATED.items():
             size = "--context 64 --batch_size 32 --max_steps 4800 --eval_every 400"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmem import FactorizationMemory, FMem
+from variants.ablations import AblatedMemory
 from variants.attention import Attention, rotate
 from variants.extended import ExtendedMemory
 from variants.mamba2 import Mamba2
@@ -97,6 +98,8 @@ def weights_of(layer: torch.nn.Module, x: Tensor, state=None) -> Weights:
 
 
 def of_memory(layer: FactorizationMemory, x: Tensor, state) -> MemoryWeights:
+    if isinstance(layer, AblatedMemory):
+        state = layer.start(x, state)
     if isinstance(layer, ExtendedMemory):
         u, (theta, phi, rows), h0, _ = layer.enter(x, state)
     else:
@@ -107,8 +110,9 @@ def of_memory(layer: FactorizationMemory, x: Tensor, state) -> MemoryWeights:
     theta, phi, values = theta[0].double(), phi[0].double(), layer.W_i(u)[0].double()
     eta, mu = (torch.sigmoid(rate(u).double())[0, :, 0] for rate in (layer.w_eta, layer.w_mu))
     log_alpha = torch.log_softmax(layer.W_alpha(u)[0].double() / layer.config.tau, -1)
-    after_merge = getattr(layer, "change", "") == "norm_after"      # an ablation; its route leaves mu out
-    phi = phi * mu[:, None] if after_merge else phi
+    change = getattr(layer, "change", "")               # ablations that leave out a norm
+    after_merge, plain_average = change == "norm_after", change == "average"
+    phi = phi * mu[:, None] if after_merge else phi     # which its route leaves out
 
     (T, m), eps = theta.shape, layer.config.norm_eps
     h0 = values.new_zeros(m, values.shape[1]) if h0 is None else h0[0].double()
@@ -120,6 +124,8 @@ def of_memory(layer: FactorizationMemory, x: Tensor, state) -> MemoryWeights:
         E[t] = theta[t]
         square = (phi[t] / mu[t].clamp_min(1e-30) @ h if after_merge else h).square().mean(-1)
         q_t = phi[t] / (square + eps).sqrt()
+        if plain_average:
+            q_t[-1] = phi[t, -1]
         A[t] = E @ q_t
         start.append(q_t @ kept)
         rest.append((q_t * kept) @ h0)

@@ -44,11 +44,54 @@ def test_recall_windows():
         assert window[at + 1:at + 5] == window[-4:] == [t for t in targets if t >= 0] == targets[-4:]
         assert window[-5] == recall.ASK
     assert task.make(np.random.default_rng(0), 1, 31)[0, 0] == recall.HERE
-    for name, hard in (("mqar", 17), ("passkey", 32)):
-        with pytest.raises(ValueError, match="room for"):
+    for name, hard in (("mqar", 17), ("passkey", 32), ("repeat", 2), ("copy", 17), ("copy", 0)):
+        with pytest.raises(ValueError, match="room for|1 to 16 values"):
             recall.Recall(name, 64 if name == "mqar" else 40).make(np.random.default_rng(0), 1, hard)
         with pytest.raises(ValueError, match="--context of at least"):
             recall.Recall(name, 3)
+
+
+def answers(targets):
+    return [t for t in targets if t >= 0]
+
+
+def test_windows_to_copy():
+    """The values before the question, in their order, are the answers, and the only ones; each place is as likely."""
+    task, counts, places = recall.Recall("copy", 60, batch_size=400, seed=3), Counter(), Counter()
+    windows = task(5)
+    for window, targets in zip(windows.tolist(), task.targets(windows).tolist(), strict=True):
+        ask = window.index(recall.ASK)
+        values = [t for t in window[:ask] if t != recall.FILL]
+        assert ask == 44 and window[ask + 1:] == values + [recall.FILL] * (16 - len(values)) and answers(targets) == values
+        assert targets[ask:ask + len(values)] == values and all(64 <= t < 128 for t in values)
+        counts[len(values)] += 1
+        places.update(at for at, t in enumerate(window[:ask]) if t != recall.FILL)
+    assert set(counts) == set(range(4, 17)) and set(places) == set(range(44))
+    assert max(places.values()) < 2 * min(places.values())             # 91 on average, a standard deviation of about 8
+    assert len(answers(task.targets(task.make(np.random.default_rng(0), 1, 7))[0].tolist())) == 7
+    shortest = recall.Recall("copy", 32).make(np.random.default_rng(0), 1, 16)[0].tolist()
+    assert shortest[16] == recall.ASK and shortest[17:] == shortest[:16] and recall.FILL not in shortest
+
+
+def test_windows_to_repeat():
+    """Every string comes back whole, and all of its tokens but the first are answers."""
+    task, counts = recall.Recall("repeat", 150, batch_size=60, seed=3), Counter()
+    windows = task(5)
+    for window, targets in zip(windows.tolist(), task.targets(windows).tolist(), strict=True):
+        ask = window.index(recall.ASK)
+        assert ask % 16 == 0 and len(set(window[:ask])) == ask         # no token twice: its successor is known
+        follows = {a: b for i, (a, b) in enumerate(itertools.pairwise(window[:ask])) if i % 16 != 15}
+        counts[ask // 16] += 1
+        for at in range(150):
+            inside = at > ask and (at - ask) % 16 != 0
+            assert targets[at] == (window[at + 1] if inside else -100) and (not inside or follows[window[at]] == window[at + 1])
+        again = [window[at] for at in range(ask + 1, 151, 16)][:ask // 16]
+        assert sorted(again) == sorted(window[:ask:16])                # each string before any comes a second time
+    assert set(counts) == {1, 2, 3, 4}
+    for strings in (1, 4):
+        window = task.make(np.random.default_rng(0), 1, strings)
+        assert len(answers(task.targets(window)[0].tolist())) == 15 * strings
+        assert window[0].tolist().count(recall.FILL) == 150 - 32 * strings
 
 
 def test_recall_is_scored_right():
@@ -85,10 +128,11 @@ def test_training_on_recall(recall_runs, tmp_path, capsys):
     assert checkpoint["corpus"] == "mqar" and checkpoint["tokenizer"] is None
     assert len(log_rows(recall_runs / "mqar", "val_accuracy")) == 2
     assert 4.5 < log_rows(recall_runs / "mqar", "val_loss")[-1][1] < 6          # ln 128 = 4.85, ln 259 = 5.56
-    for task, key in (("mqar", "pairs"), ("passkey", "distance")):
+    for task, key, cases in (("mqar", "pairs", [4, 8]), ("passkey", "distance", [23, 119, 503, 4087]),
+                             ("copy", "length", [32, 128, 512]), ("repeat", "strings", [1])):
         evaluate.main([str(recall_runs / task / "best.pt"), "--recall", "--json", str(tmp_path / "a.json")])
         rows = json.loads((tmp_path / "a.json").read_text())["recall"]["rows"]
-        assert [r[key] for r in rows] == ([4, 8] if task == "mqar" else [23, 119, 503, 4087])
+        assert [r[key] for r in rows] == cases
     capsys.readouterr()
     with pytest.raises(SystemExit, match="eval.py --recall|--recall tests it"):
         sample_py.main(["--checkpoint", str(recall_runs / "mqar/best.pt")])

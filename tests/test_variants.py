@@ -1,5 +1,6 @@
 """variants/: every layer against its own equations, and under training."""
 import io
+import math
 import shutil
 
 import pytest
@@ -21,7 +22,8 @@ MIXERS = {"attention": dict(mixer="attention", n_head=4, n_kv_head=2), "mamba2":
           "all": dict(conv=3, gate=True, shared_row=True, shift=True, read_rank=2)}
 
 
-ABLATIONS = "eta=1", "mu=1", "eta=0.8", "mu=0.8", "untied", "norm_after", "no_renorm", "balance=0.01"
+ABLATIONS = ("eta=1", "mu=1", "eta=0.8", "mu=0.8", "untied", "norm_after", "no_renorm", "balance=0.01", "gumbel", "learned_rows",
+             "average", "shared=write", "shared=read", "shared=bias", "shared=2")
 
 
 def layer_from(config):
@@ -269,12 +271,69 @@ def test_ablations_do_what_they_say():
     assert aux_loss(model) == sum(block.memory.aux_loss for block in model.blocks) and aux_loss(FMem(tiny())) == 0
 
 
+def test_ablations_of_the_shared_row():
+    """Which rows are outside the softmax, for the write and for the read; at first their rates are 1/2."""
+    x, half = torch.randn(2, 20, 16, dtype=torch.float64), torch.full((2, 20), 0.5, dtype=torch.float64)
+
+    def tokens(weights):                                # a row outside the softmax has a part in every token's
+        return (weights > 0).sum(-1).unique().tolist()
+
+    for name, writes, reads in (("shared=write", 4, 3), ("shared=read", 3, 4), ("shared=2", 5, 5), ("average", 4, 4),
+                                ("shared=bias", 3, 3)):
+        layer = mixer64(ablation=name)                  # k = 3 of m = 8
+        theta, phi, _ = layer.route(x)
+        assert tokens(theta) == [writes] and tokens(phi) == [reads]
+        layer.init_weights(lambda weight, scale=1.0: torch.nn.init.zeros_(weight), 1.0)
+        theta, phi, _ = layer.route(x)                  # all logits 0: the others share what the rates of 1/2 give
+        outside = {"shared=2": [6, 7]}.get(name, [7])
+        for weights, is_outside in ((theta, name != "shared=read"), (phi, name != "shared=write")):
+            if name == "shared=bias":                   # half of the affinity before the top k, with two of seven of the rest
+                assert torch.allclose(weights[..., 7], half / (1 + 2 / 7)) and tokens(weights) == [3]
+            elif is_outside:
+                assert torch.allclose(weights[..., outside], half[..., None])
+                assert torch.allclose(weights.sum(-1), half * (1 + len(outside)))
+            else:
+                assert torch.allclose(weights.sum(-1), half)
+
+    layer = mixer64(ablation="average")                 # the last row is read as it is, the others by their direction
+    theta, phi, _ = layer.route(x)
+    xbar, h = layer.W_i(x), torch.zeros(2, 8, 24, dtype=torch.float64)
+    for t in range(20):
+        h = (1 - theta[:, t, :, None]) * h + theta[:, t, :, None] * xbar[:, t, None]
+        scale = torch.rsqrt(h.square().mean(-1) + 1e-5)
+        scale[:, -1] = 1
+        assert error(layer(x)[0][:, t], ((phi[:, t] * scale)[:, None] @ h)[:, 0] @ layer.W_o.weight.T) < 1e-6    # as norm_after
+
+
+def test_ablations_of_what_a_text_starts_with_and_of_noise():
+    x = torch.randn(2, 20, 16, dtype=torch.float64)
+    layer = mixer64(ablation="learned_rows")
+    theta, phi, _ = layer.route(x)
+    want, _ = scan_loop(theta, phi, layer.W_i(x), layer.rows.expand(2, -1, -1))
+    assert error(layer(x)[0], want @ layer.W_o.weight.T) < 1e-12
+    assert error(layer.step(x[:, 0])[0], layer(x)[0][:, 0]) < 1e-12
+    assert torch.autograd.grad(layer(x)[0].sum(), layer.rows)[0].abs().sum() > 0
+    layer = mixer64(ablation="gumbel", k_rows=1)
+    layer.W_alpha.weight.data.zero_()
+    assert layer.eval().route(x)[0].argmax(-1).unique().numel() == 1        # no noise outside training
+    layer.train()
+    layer.W_alpha.weight.data[0] = 0.5 * math.log(3) * torch.eye(16, dtype=torch.float64)[0]    # tau is 1/2
+    x = torch.zeros(1, 20000, 16, dtype=torch.float64)
+    x[..., 0] = 1
+    chosen = layer.route(x)[0].argmax(-1)[0]
+    # the row of the largest noisy logit is drawn from the softmax: 3/10 for the first; the tolerance is five standard errors
+    assert (chosen == 0).double().mean().item() == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / 20000) ** 0.5)
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(mixer="rnn"), "mixer"), (dict(conv=-1), "conv"), (dict(gate=1), "gate"), (dict(mixer="attention", n_head=3), "n_head"),
     (dict(mixer="attention", n_head=4, n_kv_head=3), "n_kv_head"), (dict(mixer="mamba2", n_head=3), "n_head"),
     (dict(mixer="attention", n_head=16), "even"), (dict(n_head=0), "n_head"), (dict(mixer="mamba2", gate=True), "do not go with"),
     (dict(ablation="eta"), "eta=NUMBER"), (dict(ablation="eta=2"), "eta=NUMBER"), (dict(ablation="mu=x"), "mu=NUMBER"),
-    (dict(ablation="untied=1"), "untied"), (dict(ablation="tau=1"), "not one of"), (dict(d_state=0), "d_state"),
+    (dict(ablation="untied=1"), "untied"),
+    (dict(ablation="shared"), "shared=write"), (dict(ablation="shared=3"), "shared=write"), (dict(ablation="gumbel="), "gumbel"),
+    (dict(ablation="average", k_rows=8), "at most n_rows - 1"), (dict(ablation="shared=2", k_rows=7), "at most n_rows - 2"),
+    (dict(ablation="tau=1"), "not one of"), (dict(d_state=0), "d_state"),
     (dict(mixer="mamba2", d_state=9999), "set d_mlp"), (dict(shared_row=True, k_rows=8), "k_rows must be below"),
     (dict(shared_row=1), "shared_row"), (dict(shift="yes"), "shift"), (dict(read_rank=-1), "read_rank"),
     (dict(shift=True, mixer="attention"), "do not go with"), (dict(shared_row=True, ablation="untied"), "does not go with")])
@@ -283,7 +342,7 @@ def test_config_of_mixers_says_what_is_wrong(changes, message):
         tiny_model(**changes)
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "balance=0.01"])
+@pytest.mark.parametrize("name", [*MIXERS, "balance=0.01", "gumbel", "learned_rows", "average"])
 def test_training_with_every_mixer(name, corpus, tmp_path):
     """It learns; and a resumed run is the unbroken one, bit for bit."""
     given = settings(corpus, tmp_path / "whole", max_steps=6, eval_every=3, **MIXERS.get(name, dict(ablation=name)))

@@ -69,7 +69,8 @@ class RecallTask:
 
     def __init__(self, s):
         self.vocab_size, self.corpus, self.about = recall.VOCAB, s.data, f"{s.data}, generated for every step"
-        self.batches, self.targets = recall.Recall(s.data, s.context, s.batch_size, s.seed), recall.Recall.targets
+        self.batches = recall.Recall(s.data, s.context, s.batch_size, s.seed)
+        self.targets = self.batches.targets
 
     def validate(self, model, device, amp, limit, batch):
         loss, right = self.batches.evaluate(model, device, amp, batch=batch)     # all of it in every process: it is little

@@ -6,6 +6,16 @@
     norm_after       the row norm comes after the merge: mu norm(sum_i alpha_i h_i) instead of sum_i phi_i norm(h_i)
     no_renorm        the top k affinities are not rescaled to sum to 1 (no eq. 13)
     balance=0.01     a load-balancing loss of this weight: that of Switch Transformers, m sum_i share_i mean(alpha_i)
+    gumbel           Gumbel noise is added to the affinities' logits over tau while training
+    learned_rows     the memory of a new text starts with rows that are learned, not with zeros
+
+and of `--shared_row` (extended.py), to find out which part of it helps; the last row is the one meant:
+
+    shared=write     every token writes it at a rate of its own, but reads it only where routed to it
+    shared=read      the reverse
+    shared=bias      it stays inside the softmax, with a learned bias that at first gives it half of the affinity
+    shared=2         two such rows instead of one
+    average          it is read without its norm: a plain gated average beside a memory of m - 1 rows
 
 None of these is meant to be used; fmem.py has the layer.
 """
@@ -29,31 +39,49 @@ class One(nn.Module):
         return x.new_full((*x.shape[:-1], 1), math.inf)
 
 
+ALONE = "untied", "norm_after", "no_renorm", "gumbel", "learned_rows", "average"
+SHARED = "write", "read", "bias", "2"
+
+
 class AblatedMemory(ExtendedMemory):
     """The memory with config.ablation; raises ValueError for one that is not in the list above."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.change, _, value = config.ablation.partition("=")
+        self.change, given, value = config.ablation.partition("=")
+        self.shared = "average" if self.change == "average" else value if self.change == "shared" else None
         try:
-            self.value = float(value) if value else None
+            self.value = float(value) if given and not self.shared else None
         except ValueError:
             self.value = math.nan
-        known = ((self.change in ("untied", "norm_after", "no_renorm") and self.value is None)
+        known = ((self.change in ALONE and not given)
                  or (self.change in ("eta", "mu") and self.value is not None and 0 < self.value <= 1)
-                 or (self.change == "balance" and self.value is not None and 0 < self.value < math.inf))
+                 or (self.change == "balance" and self.value is not None and 0 < self.value < math.inf)
+                 or (self.change == "shared" and value in SHARED))
         if not known:
-            raise ValueError(f"ablation {config.ablation!r} is not one of eta=NUMBER, mu=NUMBER (above 0, at most 1), untied, "
-                             "norm_after, no_renorm, balance=NUMBER")
+            raise ValueError(f"ablation {config.ablation!r} is not one of eta=NUMBER, mu=NUMBER (above 0, at most 1), "
+                             f"balance=NUMBER, {', '.join(ALONE)}, shared={', shared='.join(SHARED)}")
         if self.change in ("eta", "mu"):
             setattr(self, f"w_{self.change}", One() if self.value == 1 else nn.Linear(config.d_model, 1))
         if self.change == "untied":
             self.W_read = nn.Linear(config.d_model, config.n_rows, bias=False)
+        if self.change == "learned_rows":
+            self.rows = nn.Parameter(torch.empty(config.n_rows, config.d_memory))
+        if self.shared == "bias":
+            self.bias = nn.Parameter(torch.empty(()))
+        elif self.shared:
+            beside = 2 if self.shared == "2" else 1
+            if (config.k_rows or 1) > config.n_rows - beside:
+                raise ValueError(f"with ablation {config.ablation}, k_rows must be at most n_rows - {beside}")
+            self.w_shared = nn.Linear(config.d_model, 2 * beside, bias=False)
 
     def affinity(self, logits: Tensor) -> Tensor:
         """logits [..., m] -> alpha [..., m], zero outside the top k."""
-        alpha, k = torch.softmax(wide(logits) / self.config.tau, -1), self.config.k_rows
-        if k is None or k == self.config.n_rows:
+        logits, k = wide(logits) / self.config.tau, self.config.k_rows
+        if self.change == "gumbel" and self.training:
+            logits = logits - torch.empty_like(logits).exponential_().clamp_min(1e-20).log()
+        alpha = torch.softmax(logits, -1)
+        if k is None or k == logits.shape[-1]:
             return alpha
         top, rows = alpha.topk(k, -1)
         if self.change == "balance" and self.training:
@@ -66,24 +94,61 @@ class AblatedMemory(ExtendedMemory):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.W_alpha.weight.dtype)
-            alpha = self.affinity(self.W_alpha(x))
-            read = self.affinity(self.W_read(x)) if self.change == "untied" else alpha
+            logits = wide(self.W_alpha(x))
             eta, mu = torch.sigmoid(wide(self.w_eta(x))), torch.sigmoid(wide(self.w_mu(x)))
+            if self.shared:
+                return *self.route_shared(x, logits, eta, mu), None
+            alpha = self.affinity(logits)
+            read = self.affinity(self.W_read(x)) if self.change == "untied" else alpha
             return eta * alpha, read if self.change == "norm_after" else mu * read, None
 
+    def route_shared(self, x: Tensor, logits: Tensor, eta: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """theta and phi [B, T, m] of the changes to the shared row."""
+        if self.shared == "bias":
+            alpha = self.affinity(torch.cat([logits[..., :-1], logits[..., -1:] + self.bias], -1))
+            return eta * alpha, mu * alpha
+        rates = torch.sigmoid(wide(self.w_shared(x)))
+        beside = rates.shape[-1] // 2
+        routed = self.affinity(logits[..., :-beside])
+        theta, phi = torch.cat([eta * routed, rates[..., :beside]], -1), torch.cat([mu * routed, rates[..., beside:]], -1)
+        theta = eta * self.affinity(logits) if self.shared == "read" else theta
+        phi = mu * self.affinity(logits) if self.shared == "write" else phi
+        return theta, phi
+
+    def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        return super().forward(x, self.start(x, state))
+
+    def step(self, x_t: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        return super().step(x_t, self.start(x_t, state))
+
+    def start(self, x: Tensor, state: tuple | None) -> tuple | None:
+        """The state before the first token, with the rows that are learned."""
+        if state is None and self.change == "learned_rows":
+            return wide(self.rows).expand(len(x), -1, -1).contiguous(), None
+        return state
+
     def read(self, x: Tensor, h: Tensor | None, routed: tuple | None = None) -> tuple[Tensor, Tensor]:
-        if self.change != "norm_after":
+        if self.change not in ("norm_after", "average"):
             return super().read(x, h, routed)
-        theta, alpha, _ = routed or self.route(x)
-        huge = 1e16                                     # next to this eps a row's length is nothing: y = sum_i alpha_i h_i / 1e8
-        form = "fast" if self.config.scan in ("auto", "kernel") and x.device.type != "mps" else self.config.scan
-        y, h = scan(theta, alpha, self.W_i(x), h, huge, form, self.config.recompute)
-        y = wide(y) * math.sqrt(huge)
-        mu = torch.sigmoid(wide(self.w_mu(x)))
-        return (mu * y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.config.norm_eps)).to(x.dtype), h
+        theta, phi, _ = routed or self.route(x)
+        if self.change == "norm_after":
+            y, h = self.without_norm(theta, phi, self.W_i(x), h)
+            mu = torch.sigmoid(wide(self.w_mu(x)))
+            return (mu * y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.config.norm_eps)).to(x.dtype), h
+        others, last = (None, None) if h is None else (h[:, :-1], h[:, -1:])
+        y, others = super().read(x, others, (theta[..., :-1], phi[..., :-1], None))
+        average, last = self.without_norm(theta[..., -1:], phi[..., -1:], self.W_i(x), last)
+        return y + average.to(y.dtype), torch.cat([others, last], 1)
+
+    def without_norm(self, theta: Tensor, phi: Tensor, xbar: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """sum_i phi_i h_i, in float32 at least, and the last state."""
+        huge = 1e16                                     # next to this eps a row's length is nothing: y = sum_i phi_i h_i / 1e8
+        form = "fast" if self.config.scan in ("auto", "kernel") and xbar.device.type != "mps" else self.config.scan
+        y, h = scan(theta, phi, xbar, h, huge, form, self.config.recompute)
+        return wide(y) * math.sqrt(huge), h
 
     def read_step(self, x_t: Tensor, h: Tensor | None, routed: tuple | None = None) -> tuple[Tensor, Tensor]:
-        if self.change != "norm_after":
+        if self.change not in ("norm_after", "average"):
             return super().read_step(x_t, h, routed)
         y, h = self.read(x_t[:, None], h)
         return y[:, 0], h
@@ -94,6 +159,12 @@ class AblatedMemory(ExtendedMemory):
             nn.init.constant_(getattr(self, f"w_{self.change}").bias, math.log(self.value / (1 - self.value)))
         if self.change == "untied":
             init(self.W_read.weight, self.config.alpha_std * self.config.tau)
+        if self.change == "learned_rows":
+            init(self.rows)
+        if self.shared == "bias":
+            nn.init.constant_(self.bias, self.config.tau * math.log(self.config.n_rows - 1))
+        elif self.shared:
+            nn.init.zeros_(self.w_shared.weight)        # rates of 1/2, like eta and mu
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:
