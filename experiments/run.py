@@ -86,7 +86,7 @@ MORE_RECALL = {"paper": "--lr 16e-3", "shift": "--shift --lr 16e-3", "shared+shi
                "transformer": "--mixer attention --n_head 4 --lr 4e-3"}
 PASSKEY = {"shift": "--shift", "shared": "--shared_row", "shared+shift": "--shared_row --shift"}
 # source code, and a longer context; after `python data/prepare.py --corpus stdlib`
-CODE = {"paper": "", "shared+shift+gate": "--shared_row --shift --gate", "mamba2": "--mixer mamba2", "transformer": "--mixer attention"}
+CODE = {model: TEN[model] for model in ("sparse", "shared+shift+gate", "mamba2", "transformer")}
 
 
 SHOWN = f"routing/sparse_{SEEDS[0]}"     # whose rows and sentence the page shows
@@ -138,8 +138,8 @@ def experiments():
         runs[f"drop/{model}_{SEEDS[0]}"] = f"{runs[f'ten/{model}_{SEEDS[0]}']} --dropout 0.1"
     for group in ("ten", "drop"):
         for model in TEN:
-            runs[f"{group}-recall/{model}"] = (
-                f"python -m experiments.evaluate {OUT}/{group}/{model}_{SEEDS[0]}/last.pt --recall --long 32 --tokens 65536")
+            last = f"{OUT}/{group}/{model}_{SEEDS[0]}/last.pt"
+            runs[f"{group}-recall/{model}"] = f"python -m experiments.evaluate {last} --recall --long 32 --tokens 65536"
     for seed in SEEDS:
         for name, options in WHY.items():
             runs[f"why/{name}_{seed}"] = f"python train.py {SIZE} {options} --lr 8e-3 --max_steps 500 --seed {seed}"
@@ -167,7 +167,8 @@ def experiments():
         size = SIZE.replace("--context 256 --batch_size 8 --eval_every 100", "--context 1024 --batch_size 2 --eval_every 500")
         lr = LR.get(model, "8e-3")
         runs[f"code/{model}"] = f"python train.py --data data/stdlib {size} {options} --lr {lr} --max_steps 1500"
-        runs[f"code-long/{model}"] = f"python -m experiments.evaluate {OUT}/code/{model}/last.pt --long 8 --tokens 131072 --recall"
+        last = f"{OUT}/code/{model}/last.pt"
+        runs[f"code-long/{model}"] = f"python -m experiments.evaluate {last} --long 8 --tokens 131072 --recall"
     for lr in RATES:
         for model, options in RATED.items():
             size = "--context 64 --batch_size 32 --max_steps 4800 --eval_every 400"
