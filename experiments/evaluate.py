@@ -292,6 +292,9 @@ def measure_routing(model, checkpoint, text, device, n_tokens):
     words[enc.eot_token] = "<|endoftext|>"
     seen = record_routing(model, tokens, context, device)
     layers = [describe(*layer, tokens, context, words) for layer in seen]
+    if getattr(model.config, "shift", False):           # how much of a write is routed by the token before
+        for s, block in zip(layers, model.blocks, strict=True):
+            s["lambda"] = torch.sigmoid(block.memory.shift).item()
     m = seen[0][0].shape[1]                             # rows that tokens are routed to
     table(["layer", "entropy", f"rows per token (of {m})", "rows used", "dead", "top row moves", "if random", "told by token",
            "by most common", "eta", "mu", "half-life: min, median, max"],
@@ -304,6 +307,8 @@ def measure_routing(model, checkpoint, text, device, n_tokens):
         if "shared_row" in s:
             print(f"layer {i}, the shared row: eta {s['shared_row']['eta'][0]:.2f}, mu {s['shared_row']['mu'][0]:.2f}, "
                   f"half-life {s['shared_row']['half_life']:.1f}")
+        if "lambda" in s:
+            print(f"layer {i}, the shift: lambda {s['lambda']:.2f}")
     for i, s in enumerate(layers):
         print(f"\nlayer {i}, the tokens that each row takes most often beyond its average:")
         for row, collected in enumerate(s["collected"]):

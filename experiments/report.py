@@ -9,6 +9,7 @@ import json
 from experiments.run import MODELS, results
 from experiments.sections_changes import changes_section
 from experiments.sections_inside import ablation_section, routing_section, speed
+from experiments.sections_memory import code_section, headline, why_section
 from experiments.sections_quality import long, recall_section, rows_section, short
 from experiments.tables import HERE, NAMES, Figures, over_seeds, spread, table, training_row
 
@@ -137,7 +138,8 @@ def pages(draw=True):
     bench = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     figures = Figures(draw)
     sections = [short(done, bench, figures), long(done, figures), rows_section(done, figures), speed(bench, figures),
-                recall_section(done, figures), routing_section(done, figures), ablation_section(done), changes_section(done)]
+                recall_section(done, figures), routing_section(done, figures), ablation_section(done), changes_section(done),
+                why_section(done), code_section(done)]
     conclusions = (HERE / "results/conclusions.md").read_text(encoding="utf-8").strip()
     page = f"""# Results
 
@@ -147,6 +149,9 @@ thread each. Nearly all of it ran on two cores of an Intel Xeon virtual machine 
 a million parameters or fewer and read a million tokens or fewer: enough to tell the mixers apart at this size, and no more than
 that. Another number of threads rounds differently and moves the third decimal.
 
+## Language, recall, state
+
+{headline(done, figures)}
 ## Goals, and what was reached
 
 {reach(done, bench)}
@@ -159,10 +164,10 @@ that. Another number of threads rounds differently and moves the third decimal.
         if runs:
             far = [100 * (run["rows"][-1]["position"] / run["base"] - 1) for run in runs]
             rows.append([NAMES[m], spread(over_seeds(done, f"short/{m}_{{}}", "bits_per_byte")), spread(far, 1)])
-    headline = table(["", "bits per byte, context 256", "rise of the loss 128 times beyond the training length, %"], rows)
+    compared = table(["", "bits per byte, context 256", "rise of the loss 128 times beyond the training length, %"], rows)
     did = json.loads((HERE / "results/survives.json").read_text(encoding="utf-8"))
     scans = json.loads((HERE / "results/bench_cpu_epyc.json").read_text(encoding="utf-8"))["rows"]
-    tables = {"README.md": headline, "docs/robustness.md": survives(did), "docs/speed.md": forms(scans) + gpu(HERE / "results/gpu")}
+    tables = {"README.md": compared, "docs/robustness.md": survives(did), "docs/speed.md": forms(scans) + gpu(HERE / "results/gpu")}
     return {HERE / "RESULTS.md": page, **{ROOT / name: between_marks(ROOT / name, body) for name, body in tables.items()}}
 
 

@@ -76,8 +76,8 @@ RATED = {"shift": "--shift", "shared+shift": "--shared_row --shift", "paper": ""
 WHY = {"written": "--ablation shared=write", "read": "--ablation shared=read", "bias": "--ablation shared=bias",
        "two": "--ablation shared=2", "average": "--ablation average", "gumbel": "--ablation gumbel",
        "learned_rows": "--ablation learned_rows"}
-OVER = {"paper": "", "shared": "--shared_row"}      # looked at with --routing, every 100 steps
-SEATED = [(m, k) for m in (4, 16, 64, 256) for k in dict.fromkeys((m // 4, 4)) if k < m]     # m rows beside the shared one
+OVER = {"paper": "", "shared": "--shared_row", "shared+shift": "--shared_row --shift"}     # with --routing every 100 steps
+SEATED = [(m, k) for m in (4, 16, 64, 256) for k in dict.fromkeys((m // 4, 4)) if k <= m]    # m rows beside the shared one
 # two more tasks of recall, the rates of sections 1 and 8
 MORE_TASKS = {"copy": "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400",
               "repeat": "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400"}

@@ -1,7 +1,8 @@
 """Section 8 of the results page: the changes of variants/extended.py in language and in recall."""
 import statistics
 
-from experiments.run import CHANGES, RATED, RATES, RECALL, SEEDED, SEEDS, SIZE, TEN
+from experiments.run import CHANGES, RATED, RATES, RECALL, SEEDED, SEEDS, SIZE
+from experiments.sections_memory import tasks_section, ten_section
 from experiments.tables import NAMES, table
 
 SEED = SEEDS[0]
@@ -40,19 +41,6 @@ def seeds_table(done):
     return table(["three seeds", "nats per token, mean", "standard deviation", "lowest to highest"], rows)
 
 
-def ten_table(done):
-    """Ten million tokens, of the models that have been run so far."""
-    rows = []
-    for model, options in TEN.items():
-        if line := done.get(f"ten/{model}_{SEED}"):
-            result = line["result"]
-            best = min(loss for _, loss in [*result["curve"], [0, result["nats"]]])
-            name = NAMES.get(model) or f"memory, `{options}`"
-            rows.append([name, result["nats"], f"{result['bits_per_byte']:.3f}", f"{best:.3f}"])
-    rows = [[name, f"{nats:.3f}", *rest] for name, nats, *rest in sorted(rows, key=lambda row: row[1])]
-    return table(["ten million tokens", "nats per token", "bits per byte", "lowest on the way (on less text)"], rows) if rows else ""
-
-
 def effects(done):
     """Mean over the other changes of what one change does: with it, less without it."""
     losses, rows = changed(done), []
@@ -74,16 +62,6 @@ def rates_table(done):
     return table(["model", *(f"lr {lr}" for lr in sorted(RATES, key=float))], rows)
 
 
-def ten(done):
-    """The part on ten million tokens; empty as long as none was run."""
-    found = ten_table(done)
-    return found and f"""**Ten million tokens** (5,000 steps, six passes over the plays, no dropout, the rates of section 1 or 8e-3, **one seed**;
-models that are not in the table were not run yet):
-
-{found}
-"""
-
-
 def changes_section(done):
     if not any(name.startswith("changes/") for name in done):
         return ""
@@ -101,9 +79,9 @@ nothing here.
 With all three seeds:
 
 {seeds_table(done)}
-{ten(done)}**Associative recall at five rates** (`--data mqar {RECALL.replace("--lr 4e-3 ", "")}` as in section 5, but {tokens / 1e6:.1f} million
+{ten_section(done) or ''}**Associative recall at five rates** (`--data mqar {RECALL.replace("--lr 4e-3 ", "")}` as in section 5, but {tokens / 1e6:.1f} million
 tokens, four times as many; **one seed**). Right answers in percent, over windows of 4, 8 and 16 pairs; an empty cell was not run.
 
 {rates_table(done)}
-    python -m experiments.run changes ten rates
+{tasks_section(done)}    python -m experiments.run changes ten drop rates repeat copy passkey/m=64+ recall
 """

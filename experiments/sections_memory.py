@@ -1,0 +1,200 @@
+"""The headline of the results page, and its sections 9 and 10: why the shared row helps, and whether a longer past does."""
+import statistics
+
+from experiments.run import CODE, LR, MORE_RECALL, MORE_TASKS, OVER, PASSKEY, RATES, RECALL, SEATED, SEEDS, SIZE, SMALL, TEN, WHY
+from experiments.tables import NAMES, over_seeds, spread, table
+
+SEED = SEEDS[0]
+# model: its runs at a million tokens, at ten million, its name in the recall experiments
+HEADLINE = {"memory, as in the paper": ("short/sparse", "sparse", "paper"),
+            "memory + shared row + shift": ("changes/shared+shift", "shared+shift", "shared+shift"),
+            "memory + shared row + shift + gate": ("changes/shared+shift+gate", "shared+shift+gate", None),
+            "memory + conv + gate": ("changes/conv+gate", "conv+gate", "conv+gate"),
+            "Mamba-2": ("short/mamba2", "mamba2", "mamba2"), "Transformer": ("short/transformer", "transformer", "transformer")}
+
+
+def value(done, name, key):
+    return done[name]["result"][key] if name in done else None
+
+
+def shown(number, digits=3):
+    return "" if number is None else f"{number:.{digits}f}"
+
+
+def best_rate(done, model):
+    """The share of right answers of mqar at the best of the rates, None before any was run."""
+    found = [done[name]["result"]["right"] for lr in RATES if (name := f"rates/{model}_{lr}_{SEED}") in done]
+    return max(found, default=None)
+
+
+def headline(done, figures):
+    """One table and one picture: language against recall against the size of the state."""
+    rows, points = [], []
+    for name, (short, ten, recall) in HEADLINE.items():
+        tasks = {"mqar": best_rate(done, recall), **{task: value(done, f"{task}/{recall}_{SEED}", "right") for task in MORE_TASKS}}
+        state = value(done, f"recall-repeat/{recall}_{SEED}", "recall")
+        kib = state and state["state_bytes"] / 1024
+        ten_million = [value(done, f"{group}/{ten}_{SEED}", "nats") for group in ("ten", "drop")]
+        rows.append([name, spread(over_seeds(done, short + "_{}", "nats")), *map(shown, ten_million),
+                     *("" if share is None else f"{100 * share:.1f}" for share in tasks.values()), shown(kib, 0)])
+        if None not in (ten_million[1], kib, *tasks.values()):
+            points.append((name, ten_million[1], statistics.mean(tasks.values()), kib))
+
+    def draw(figure):
+        ax = figure.subplots()
+        for i, (name, nats, right, kib) in enumerate(points):
+            ax.scatter(nats, 100 * right, s=6 * kib, color=f"C{i}", alpha=0.7)
+            ax.annotate(f"{name}, {kib:.0f} KiB", (nats, 100 * right), fontsize=8, xytext=(0, 8), textcoords="offset points",
+                        ha="center")
+        ax.set(xlabel="language, nats per token after ten million tokens (left is better)", ylim=(0, 115),
+               ylabel="recall, right answers in %, mean of three tasks")
+        ax.margins(x=0.25)
+        ax.grid(alpha=0.3)
+
+    picture = figures.draw("headline", (7.5, 4.2), draw, "language against recall against the size of the state") if points else ""
+    return f"""{table(["model", "language, 1 million tokens, three seeds", "10 million, no dropout", "10 million, dropout 0.1",
+                       "MQAR, best rate, %", *(f"{task}, %" for task in MORE_TASKS), "state of the recall model, KiB"], rows)}
+Language in nats per validation token (sections 1 and 8); recall in right answers (section 8). Ten million tokens and recall: **one seed**;
+an empty cell was not run.
+
+{picture}"""
+
+
+def tasks_section(done):
+    """Two more tasks, and the passkey with the changes."""
+    rows = []
+    for model, options in MORE_RECALL.items():
+        cells = []
+        for task, key, cases in (("repeat", "strings", (1, 2)), ("copy", "length", (64, 256, 1024))):
+            runs = over_seeds(done, f"recall-{task}/{model}_{{}}", "recall")
+            for case in cases:
+                cells.append(spread([100 * row["right"] for run in runs for row in run["rows"] if row[key] == case], 1))
+        if any(cells):
+            rows.append([f"`{options}`", *cells])
+    passkeys = []
+    for model, options in {"m=64": "the memory", **{f"m=64+{name}": f"`{options}`" for name, options in PASSKEY.items()}}.items():
+        runs = over_seeds(done, f"recall-passkey/{model}_{{}}", "recall")
+        if runs:
+            passkeys.append([options, *(spread([100 * run["rows"][i]["right"] for run in runs], 1)
+                                        for i in range(len(runs[0]["rows"])))])
+            heads = [f"{row['distance']:,}" for row in runs[0]["rows"]]
+    if not rows:
+        return ""
+    text = f"""**Repeated strings and selective copying** (`--data repeat`, `--data copy`, as data/recall.py says; `{RECALL.replace(" --lr 4e-3", "")}
+{MORE_TASKS["copy"]}`, the best rate of MQAR for each). Right answers in percent: strings of 16 tokens
+in a window of 64 tokens; 16 values among the blanks of a window of 64 (the training length), 256 and 1,024 tokens.
+
+{table(["model", "one string", "two strings", "copy, 64", "256", "1,024"], rows)}
+"""
+    return text + (f"""**The passkey of section 5** with the changes, by the tokens in between:
+
+{table(["model", *heads], passkeys)}
+""" if len(passkeys) > 1 else "")
+
+
+def ten_section(done):
+    """Ten million tokens, with and without dropout, and how much better a passage is predicted the second time."""
+    rows = []
+    for model, options in TEN.items():
+        cells, sort = [], []
+        for group in ("ten", "drop"):
+            result = done.get(f"{group}/{model}_{SEED}", {}).get("result")
+            best = result and min(loss for _, loss in [*result["curve"], [0, result["nats"]]])
+            cells += [shown(result and result["nats"]), shown(best), shown(result and statistics.mean(v for _, v in result["train"][-5:]))]
+            sort.append(result["nats"] if result else 9)
+        if min(sort) < 9:
+            repeated = next((done[f"{group}-recall/{model}"]["result"]["recall"]["rows"] for group in ("drop", "ten")
+                             if f"{group}-recall/{model}" in done), [])
+            gains = [shown(row["first"] - row["second"], 2) for row in repeated if row["distance"] in (0, 256, 1024)]
+            rows.append((sort[1], sort[0], [NAMES.get(model) or f"memory, `{options}`", *cells, *(gains or [""] * 3)]))
+    head = ["", "no dropout", "lowest", "training", "dropout 0.1", "lowest", "training", "gain, 0 between", "256", "1,024"]
+    return rows and f"""**Ten million tokens**: `{SIZE.replace("--eval_every 100", "--eval_every 500")} --max_steps 5000`, six passes over
+the plays, lr {", ".join(f"{LR[m]} for {NAMES[m]}" for m in ("transformer",))}, 8e-3 for the others (the rates of section 1), **one seed**. Nats per validation token at the end, the lowest on
+the way (on a part of that text), and the training loss at the end (mean of five single batches; with dropout it is that of the thinned
+model); last, how many nats per token the loss of a passage of 64 tokens falls the second time, with so many tokens in between (with
+dropout where that was run). A dropout of 0.1 was taken for all, without a sweep.
+
+{table(head, [row for *_, row in sorted(rows)])}
+"""
+
+
+def why_section(done):
+    """Section 9; empty as long as none of it was run."""
+    base = over_seeds(done, "short/sparse_{}", "nats")
+    rows = [["the paper's layer", spread(base), ""]]
+    names = {"shared": "changes/shared", **{name: f"why/{name}" for name in WHY}}
+    for name, path in names.items():
+        if found := over_seeds(done, path + "_{}", "nats"):
+            difference = found[0] - base[0] if f"{path}_{SEED}" in done else None
+            rows.append([f"`{WHY.get(name, '--shared_row')}`", spread(found), shown(difference)])
+    if len(rows) < 3:
+        return ""
+    steps = []
+    for name in OVER:
+        for step in range(100, 600, 100):
+            runs = over_seeds(done, f"over-routing/{name}_{{}}_{step}", "routing", "layers")
+            if runs:
+                layers = list(zip(*runs, strict=True))
+                cells = [" / ".join(f"{statistics.mean(pick(layer) for layer in seeds):.{digits}f}" for seeds in layers)
+                         for pick, digits in ((lambda layer: layer["rows_used"], 1), (lambda layer: layer["entropy"], 2),
+                                              (lambda layer: layer["half_life"][2], 0))]
+                seat = [" / ".join(f"{statistics.mean(layer['shared_row']['half_life'] for layer in seeds):.1f}" for seeds in layers)
+                        if "shared_row" in layers[0][0] else ""]
+                lam = [" / ".join(f"{layer[0]['lambda']:.2f}" for layer in layers) if "lambda" in layers[0][0] else ""]
+                steps.append([name, step, len(runs), *cells, *seat, *lam])
+    scaling = []
+    for m in sorted({m for m, _ in SEATED}):
+        cells = []
+        for pick in (4, m // 4):
+            key = (m, pick)
+            cells.append(spread(over_seeds(done, f"seated/{m}_{pick}_{{}}", "nats")) if key in SEATED else "")
+        if any(cells):
+            scaling.append([m, *cells])
+    over = f"""**Over training**, `{" ".join(OVER["shared"].split())}` and `--shared_row --shift` beside the paper's layer, layers 0 / 1 / 2 / 3 / 4, means over the
+seeds that were run (column n): rows used (exponential of the entropy of their use; of 32, or of 31 beside the shared one), entropy of a token's
+affinity in nats, median half-life of the rows in tokens; the half-life of the shared row; lambda, the part of the token before in
+the routing of a write (0.12 at the start).
+
+{table(["model", "step", "n", "rows used", "entropy", "half-life", "of the shared row", "lambda"], steps)}
+""" if steps else ""
+    seated = f"""**Memory scaling with the shared row** (section 3 again: `{SMALL}
+--tau 0.25`), m rows beside it. Nats per token:
+
+{table(["m", "k = 4", "k = m/4"], scaling)}
+""" if scaling else ""
+    return f"""## 9. Why
+
+One part of the shared row at a time, and what might do the same without it (`{SIZE}`,
+lr 8e-3, 1.02 million tokens, parameters matched, mean ± standard deviation over the seeds that were run; an AMD EPYC). What each
+change is stands in [ablations.py](../variants/ablations.py). The last column is the difference to the paper's layer with seed {SEED}.
+
+{table(["change", "nats per token", "difference"], rows)}
+{over}{seated}    python -m experiments.run why over seated
+"""
+
+
+def code_section(done):
+    """Section 10; empty as long as none of it was run."""
+    found = {model: done[f"code-long/{model}"]["result"]["long"] for model in CODE if f"code-long/{model}" in done}
+    if not found:
+        return ""
+    lengths = [row["length"] for row in next(iter(found.values()))["rows"]]
+    rows = [[NAMES.get(model) or f"memory, `{CODE[model]}`", *(f"{row['position']:.3f}" for row in long["rows"])]
+            for model, long in found.items()]
+    gains = [[NAMES.get(model) or f"memory, `{CODE[model]}`", shown(done[f"code/{model}"]["result"]["nats"]),
+              *(shown(row["first"] - row["second"], 2) for row in done[f"code-long/{model}"]["result"]["recall"]["rows"])]
+             for model in found]
+    head = [f"{row['distance']:,}" for row in done[f"code-long/{next(iter(found))}"]["result"]["recall"]["rows"]]
+    return f"""## 10. Does a longer past help?
+
+Source code, where names come back after hundreds of tokens: Python's standard library (`python data/prepare.py --corpus stdlib`),
+training context 1,024, 3.1 million tokens, sizes and rates as in section 1, **one seed**. The loss in nats per token at the second half of
+windows of that length, on the same tokens for all lengths (section 2 says how):
+
+{table(["model", *(f"{n:,}" for n in lengths)], rows)}
+All of the validation text in windows of 1,024, and how many nats per token the loss of a passage of 64 tokens falls the second time,
+with so many tokens in between:
+
+{table(["model", "nats per token", *head], gains)}
+    python -m experiments.run code
+"""
