@@ -19,6 +19,7 @@ from data import recall, token_files
 from experiments import evaluate
 from tests.helpers import ROOT, error, log_rows, tiny_model
 from training.checkpoint import load_checkpoint, model_from
+from variants.build import build
 
 
 def test_recall_windows():
@@ -247,6 +248,10 @@ def test_eval_routing(run20, corpus):
     soft, alpha, eta, mu, shared = evaluate.record_routing(model, tokens[:48] % 50, context, torch.device("cpu"))[0]
     assert soft.shape == alpha.shape == (48, 7) and ((alpha > 0).sum(-1) == 3).all() and shared.shape == (48, 2)
     assert torch.allclose(alpha.sum(-1), torch.ones(48).double(), atol=1e-6) and (shared == 0.5).all()     # as it starts
+    # the shift's lambda starts at sigmoid(-2)
+    model, text = build(replace(model_from(checkpoint, "cpu").config, shift=True)), (str(corpus), "val")
+    got = evaluate.measure_routing(model.eval(), checkpoint, text, torch.device("cpu"), 96)
+    assert [layer["lambda"] for layer in got["layers"]] == pytest.approx([1 / (1 + math.exp(2))] * 2)
 
 
 def test_eval_command(run20, corpus, recall_runs, tmp_path, capsys):
