@@ -153,7 +153,7 @@ def measure_recall(model, checkpoint, text, device):
     table(["tokens between", "first time", "second time", "gain", "+-"],
           [[f"{r['distance']:,}", f"{r['first']:.3f}", f"{r['second']:.3f}", f"{r['first'] - r['second']:.3f}",
             f"{r['stderr']:.3f}"] for r in rows])
-    return {"task": "repeat", "passage": passage, "windows": n, "rows": rows}
+    return {"task": "text", "passage": passage, "windows": n, "rows": rows}
 
 
 HARD = {"mqar": "pairs", "passkey": "distance", "copy": "length", "repeat": "strings"}    # what makes each task hard
@@ -191,7 +191,7 @@ def state_bytes(model, length):
 def draw_recall(result, plt):
     figure, axes = plt.subplots(figsize=(6, 4))
     key = HARD.get(result["task"], "distance")
-    if result["task"] == "repeat":
+    if result["task"] == "text":
         for column in ("first", "second"):
             axes.plot([r[key] + 1 for r in result["rows"]], [r[column] for r in result["rows"]], "o-", label=f"{column} time")
         axes.set(xscale="log", xlabel="tokens between, + 1", ylabel="nats per token")
