@@ -24,9 +24,7 @@ program does one chunk of one text and BM rows (or BD columns). Tokens after T l
 Never feed a transposed dot result from registers into another dot: some Triton releases miscompile that on Hopper. What is
 needed transposed is loaded transposed. No kernel loads an address that it has stored, except behind a barrier: several warps hold
 copies of a small tensor, and a late one would load what an early one has stored. (The step works in place, with so few warps that
-no two hold the same numbers.)
-
-This file imports nothing of ours, and raises where it cannot run; fast/__init__.py chooses.
+no two hold the same numbers.) This file imports nothing of ours, and raises where it cannot run; fast/__init__.py chooses.
 """
 import functools
 import os
@@ -36,51 +34,57 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.language import constexpr
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpreter: the kernels run on a CPU, slowly
-
-
-def jit(f):
-    """triton.jit that does not compile again for special values of the lengths."""
-    lengths = [name for name in ("T", "N") if name in f.__code__.co_varnames[:f.__code__.co_argcount]]
-    return triton.jit(f, do_not_specialize=lengths)
+MAX_M, MAX_D = 512, 4096
+jit = functools.partial(triton.jit, do_not_specialize=["T", "N"])       # not compiled again for special values of the lengths
 
 
 # --------------------------------------------------------------------------------------------------------------- loads
 
 @triton.jit
-def tile(p, row0, rows, cols, n_rows, n_cols: tl.constexpr):
+def tile(p, row0, rows, cols, n_rows, n_cols: constexpr):
     """p[row0 + rows, cols] of a matrix with n_cols columns; zeros for rows >= n_rows and cols >= n_cols."""
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     return tl.load(p + row0 * n_cols + (rows[:, None] * n_cols + cols[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def tile_T(p, row0, rows, cols, n_rows, n_cols: tl.constexpr):
+def tile_T(p, row0, rows, cols, n_rows, n_cols: constexpr):
     """The transpose of `tile`, [cols, rows], loaded as such."""
     mask = (cols < n_cols)[:, None] & (rows < n_rows)[None, :]
     return tl.load(p + row0 * n_cols + (rows[None, :] * n_cols + cols[:, None]), mask=mask, other=0.0)
 
 
 @triton.jit
-def put(p, row0, rows, cols, n_rows, n_cols: tl.constexpr, value):
+def put(p, row0, rows, cols, n_rows, n_cols: constexpr, value):
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     tl.store(p + row0 * n_cols + (rows[:, None] * n_cols + cols[None, :]), value.to(p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def dot(a, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+def place(T, N, m: constexpr, C: constexpr, BM: constexpr, rows):
+    """A program's chunk, counted over all texts; its block of rows; the chunk's first token, and the text's tokens from there on.
+    Programs of one chunk follow each other: its x is still in the L2 cache."""
+    blocks: constexpr = (m + BM - 1) // BM
+    program = tl.program_id(0).to(tl.int64)
+    bc, im = program // blocks, (program % blocks).to(tl.int32)
+    return bc, im * BM + rows, bc // N * T + bc % N * C, T - bc % N * C
+
+
+@triton.jit
+def dot(a, b, acc, OPERAND: constexpr, PRECISION: constexpr):
     return tl.dot(a.to(OPERAND), b.to(OPERAND), acc, input_precision=PRECISION)
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
 
 @jit
-def decays_kernel(theta, write, suffix, keep, T, N, m: tl.constexpr, C: tl.constexpr, BM: tl.constexpr):
+def decays_kernel(theta, write, suffix, keep, T, N, m: constexpr, C: constexpr, BM: constexpr):
     """Of each chunk: suffix_s = D(C, s), write_s = theta_s D(C, s) and keep = D(C, 0), for H' = keep H + write^T x."""
-    bc, im = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, c = bc // N, bc % N
-    t, i, row0, left = tl.arange(0, C), im * BM + tl.arange(0, BM), b * T + c * C, T - c * C
+    (bc, i, row0, left), t = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
     th = tile(theta, row0, t, i, left, m)
     after = tile(theta, row0 + 1, t, i, tl.minimum(left, C) - 1, m)         # theta of the token behind
     D = tl.cumprod(1 - after, 0, reverse=True)
@@ -90,11 +94,9 @@ def decays_kernel(theta, write, suffix, keep, T, N, m: tl.constexpr, C: tl.const
 
 
 @jit
-def states_kernel(w1, v1, w2, v2, keep, first, states, last, T, N, m: tl.constexpr, d: tl.constexpr, C: tl.constexpr,
-                  BM: tl.constexpr, BD: tl.constexpr, BACKWARD: tl.constexpr, OPERAND: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def states_kernel(w1, v1, w2, v2, keep, first, states, last, T, N, m: constexpr, d: constexpr, C: constexpr, BM: constexpr,
+                  BD: constexpr, BACKWARD: constexpr, OPERAND: constexpr, PRECISION: constexpr):
     """S <- keep S + w1^T v1, chunk after chunk from `first` on: stores S before each chunk, and the last one.
-
     BACKWARD: from the last chunk to the first, with a second pair, + w2^T v2. S stays in float32.
     """
     b, i, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(2) * BD + tl.arange(0, BD)
@@ -112,43 +114,37 @@ def states_kernel(w1, v1, w2, v2, keep, first, states, last, T, N, m: tl.constex
 
 
 @jit
-def products_kernel(v, x, states, states2, S, K, rowdot, T, N, m: tl.constexpr, d: tl.constexpr, C: tl.constexpr,
-                    BM: tl.constexpr, BD: tl.constexpr, GRAM: tl.constexpr, ROWDOT: tl.constexpr, OPERAND: tl.constexpr,
-                    PRECISION: tl.constexpr):
+def products_kernel(v, x, states, states2, S, K, rowdot, T, N, m: constexpr, d: constexpr, C: constexpr, BM: constexpr,
+                    BD: constexpr, GRAM: constexpr, ROWDOT: constexpr, OPERAND: constexpr, PRECISION: constexpr):
     """Inner products of each chunk: S = v states^T; GRAM: K = v x^T; ROWDOT: <states[i], states2[i]> of each row."""
-    bc, im = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, c = bc // N, bc % N
-    t, i, row0, left = tl.arange(0, C), im * BM + tl.arange(0, BM), b * T + c * C, T - c * C
+    (bc, i, row0, left), t = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
+    first = tl.program_id(0) % tl.cdiv(m, BM) == 0
     s_acc, k_acc, r_acc = tl.zeros([C, BM], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([BM], tl.float32)
     for start in range(0, d, BD):
         e = start + tl.arange(0, BD)
         V, H = tile(v, row0, t, e, left, d), tile_T(states, bc * m, i, e, m, d)
         s_acc = dot(V, H, s_acc, OPERAND, PRECISION)
-        if GRAM:
+        if GRAM and first:                                                  # the same for all blocks: one makes it
             k_acc = dot(V, tile_T(x, row0, t, e, left, d), k_acc, OPERAND, PRECISION)
         if ROWDOT:
             r_acc += tl.sum(H.to(tl.float32) * tile_T(states2, bc * m, i, e, m, d).to(tl.float32), 0)
     put(S, row0, t, i, left, m, s_acc)
-    if GRAM:
-        put(K, bc * C, t, t, tl.where(im == 0, C, 0), C, k_acc)             # the same in all of them: one stores it
+    if GRAM and first:
+        put(K, bc * C, t, t, C, C, k_acc)
     if ROWDOT:
         tl.store(rowdot + bc * m + i, r_acc, mask=i < m)
 
 
 @jit
-def mix_kernel(theta, phi, S, K, n0, suffix, kappa, kappa_in, A, wF, eps, T, N, m: tl.constexpr, d: tl.constexpr,
-               C: tl.constexpr, BM: tl.constexpr, BACKWARD: tl.constexpr):
+def mix_kernel(theta, phi, S, K, n0, suffix, kappa, kappa_in, A, wF, eps, T, N, m: constexpr, d: constexpr, C: constexpr,
+               BM: constexpr, BACKWARD: constexpr):
     """The recurrence on the coefficients. A_ts = sum_i w_t E_t[s] (over BM rows: one A per group of rows) and w_t F_t.
-
     Forward: w_t = q_t, from the row lengths. BACKWARD: w_t = -theta_t kappa_t, where the chunks behind add D(C, t)^2 kappa_in
     to the kappa of `rows_kernel`.
     """
-    bc, im = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, c = bc // N, bc % N
-    s, i, row0, left = tl.arange(0, C), im * BM + tl.arange(0, BM), b * T + c * C, T - c * C
-    rows = i < m
-    E, F = tl.zeros([C, BM], tl.float32), tl.full([BM], 1.0, tl.float32)
-    A += (im * tl.num_programs(0).to(tl.int64) + bc) * C * C
+    (bc, i, row0, left), s = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
+    rows, E, F = i < m, tl.zeros([C, BM], tl.float32), tl.full([BM], 1.0, tl.float32)
+    A += tl.program_id(0).to(tl.int64) * C * C
     if BACKWARD:
         k_in = tl.load(kappa_in + bc * m + i, mask=rows, other=0.0)
     else:
@@ -171,16 +167,15 @@ def mix_kernel(theta, phi, S, K, n0, suffix, kappa, kappa_in, A, wF, eps, T, N, 
 
 
 @jit
-def read_kernel(w1, states1, A1, v1, w2, states2, A2, v2, out, T, N, m: tl.constexpr, d: tl.constexpr, C: tl.constexpr,
-                BM: tl.constexpr, BD: tl.constexpr, BACKWARD: tl.constexpr, OPERAND: tl.constexpr,
-                PRECISION: tl.constexpr):
+def read_kernel(w1, states1, A1, v1, w2, states2, A2, v2, out, T, N, m: constexpr, d: constexpr, C: constexpr, BM: constexpr,
+                BD: constexpr, BACKWARD: constexpr, OPERAND: constexpr, PRECISION: constexpr):
     """Forward: y = w1 states1 + A1 v1. BACKWARD: dx = w1 states1 + A1^T v1 + w2 states2 + (A2 + A2^T, diagonal once) v2."""
     bc, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     b, c = bc // N, bc % N
     t, row0, left = tl.arange(0, C), b * T + c * C, T - c * C
     acc, a1, a2 = tl.zeros([C, BD], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for start in range(0, m, BM):
-        i, slab = start + tl.arange(0, BM), (start // BM * tl.num_programs(0).to(tl.int64) + bc) * C
+        i, slab = start + tl.arange(0, BM), (bc * tl.cdiv(m, BM) + start // BM) * C
         acc = dot(tile(w1, row0, t, i, left, m), tile(states1, bc * m, i, e, m, d), acc, OPERAND, PRECISION)
         if BACKWARD:
             acc = dot(tile(w2, row0, t, i, left, m), tile(states2, bc * m, i, e, m, d), acc, OPERAND, PRECISION)
@@ -198,19 +193,16 @@ def read_kernel(w1, states1, A1, v1, w2, states2, A2, v2, out, T, N, m: tl.const
 # ------------------------------------------------------------------------------------------------------------ backward
 
 @jit
-def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, c_t, eps, T, N, m: tl.constexpr,
-                d: tl.constexpr, C: tl.constexpr, BM: tl.constexpr):
+def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, c_t, eps, T, N, m: constexpr, d: constexpr,
+                C: constexpr, BM: constexpr):
     """The forward recurrence again, now with g_t = <h_t, dy_t> from Y = <dy, H> and M_ts = <dy_t, x_s>.
-
     Gives A, q F and q as before, dphi = r g, hx_n = <h_{t-1}, x_t> - n_{t-1}, kappa as far as the chunk itself makes it, and
     a_1^2 kappa_1. c_t is room for its own use.
     """
-    bc, im = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, c = bc // N, bc % N
-    s, i, row0, tokens = tl.arange(0, C), im * BM + tl.arange(0, BM), b * T + c * C, tl.minimum(T - c * C, C)
-    rows = i < m
+    (bc, i, row0, left), s = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
+    rows, tokens = i < m, tl.minimum(left, C)
     E, F = tl.zeros([C, BM], tl.float32), tl.full([BM], 1.0, tl.float32)
-    A += (im * tl.num_programs(0).to(tl.int64) + bc) * C * C
+    A += tl.program_id(0).to(tl.int64) * C * C
     n = tl.load(n0 + bc * m + i, mask=rows, other=0.0)
     for t in range(tokens):
         at = (row0 + t) * m + i
@@ -241,7 +233,7 @@ def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, 
 
 
 @jit
-def carry_kernel(kappa_out, keep, kappa_in, first, T, N, m: tl.constexpr, BM: tl.constexpr):
+def carry_kernel(kappa_out, keep, kappa_in, first, T, N, m: constexpr, BM: constexpr):
     """What each chunk gets from those behind it: kappa_in of chunk c - 1 = kappa_out_c + keep_c^2 kappa_in_c; first: of none."""
     b, i = tl.program_id(0).to(tl.int64), tl.arange(0, BM)
     k = tl.zeros([BM], tl.float32)
@@ -254,19 +246,16 @@ def carry_kernel(kappa_out, keep, kappa_in, first, T, N, m: tl.constexpr, BM: tl
 
 
 @jit
-def theta_kernel(theta, q, kappa, kappa_in, hx_n, S, K, Y, M, Z, HL, suffix, dtheta, T, N, m: tl.constexpr, C: tl.constexpr,
-                 BM: tl.constexpr):
+def theta_kernel(theta, q, kappa, kappa_in, hx_n, S, K, Y, M, Z, HL, suffix, dtheta, T, N, m: constexpr, C: constexpr,
+                 BM: constexpr):
     """dtheta_j = <lambda_j, x_j - h_{j-1}> - a_j kappa_j hx_n_j, without a division by a_j.
 
     lambda_j = D(C, j) L + sum_{u >= j} D(u, j) (q_u dy_u - theta_u kappa_u x_u), so with Z = <x, L> what is needed of
     h_{j-1} are its inner products with L, v = <h_{j-1}, L>, and with the brackets, X_u = <h_{j-1}, q_u dy_u - ... x_u>.
     Both obey eq. 10: they move to those of x_j, Z_j and W_u, by the share theta_j.
     """
-    bc, im = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, c = bc // N, bc % N
-    u, i, row0, left = tl.arange(0, C), im * BM + tl.arange(0, BM), b * T + c * C, T - c * C
-    rows = i < m
-    th, wy = tile(theta, row0, u, i, left, m), tile(q, row0, u, i, left, m)
+    (bc, i, row0, left), u = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
+    rows, th, wy = i < m, tile(theta, row0, u, i, left, m), tile(q, row0, u, i, left, m)
     k_in, D_C = tl.load(kappa_in + bc * m + i, mask=rows, other=0.0), tile(suffix, row0, u, i, left, m)
     wx, a = -th * (tile(kappa, row0, u, i, left, m) + D_C * D_C * k_in[None, :]), 1 - th
     X = wy * tile(Y, row0, u, i, left, m) + wx * tile(S, row0, u, i, left, m)
@@ -288,18 +277,16 @@ def theta_kernel(theta, q, kappa, kappa_in, hx_n, S, K, Y, M, Z, HL, suffix, dth
 # ------------------------------------------------------------------------------------------------------------ one step
 
 @triton.jit
-def step_kernel(h, x, rows, theta, phi, y, eps, m: tl.constexpr, d: tl.constexpr, k: tl.constexpr, BK: tl.constexpr,
-                BD: tl.constexpr, DENSE: tl.constexpr):
-    """Eqs. 10 and 11 for one token: of h[b] only the k rows in `rows` (DENSE: all) are read and written, in place."""
+def step_kernel(h, x, rows, theta, phi, y, eps, m: constexpr, d: constexpr, k: constexpr, BK: constexpr, BD: constexpr,
+                PART: constexpr, DENSE: constexpr):
+    """Eqs. 10 and 11 for one token: of h[b] only the k rows in `rows` (DENSE: all) are read and written, in place.
+    A program does PART of them; y [k / PART, B, d] gets what each adds to the read."""
     b, e = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     xb, acc = tl.load(x + b * d + e, mask=e < d, other=0.0).to(tl.float32), tl.zeros([BD], tl.float32)
-    for start in range(0, k, BK):
-        i = start + tl.arange(0, BK)
+    for start in range(0, PART, BK):
+        i = tl.program_id(1) * PART + start + tl.arange(0, BK)
         chosen = i < k
-        if DENSE:
-            row = i.to(tl.int64)
-        else:
-            row = tl.load(rows + b * k + i, mask=chosen, other=0).to(tl.int64)
+        row = i.to(tl.int64) if DENSE else tl.load(rows + b * k + i, mask=chosen, other=0).to(tl.int64)
         th = tl.load(theta + b * k + i, mask=chosen, other=0.0)
         p, mask = h + (b * m + row[:, None]) * d + e[None, :], chosen[:, None] & (e < d)[None, :]
         s = tl.load(p, mask=mask, other=0.0)
@@ -307,14 +294,12 @@ def step_kernel(h, x, rows, theta, phi, y, eps, m: tl.constexpr, d: tl.constexpr
         tl.store(p, s, mask=mask)
         q_t = tl.load(phi + b * k + i, mask=chosen, other=0.0) * tl.rsqrt(tl.sum(tl.where(mask, s * s, 0.0), 1) / d + eps)
         acc += tl.sum(q_t[:, None] * s, 0)
-    tl.store(y + b * d + e, acc.to(y.dtype.element_ty), mask=e < d)
+    tl.store(y + (tl.program_id(1) * tl.num_programs(0) + b) * d + e, acc.to(y.dtype.element_ty), mask=e < d)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
 
-MAX_M, MAX_D = 512, 4096
-
-
+@functools.cache
 def tiles(m: int, d: int, dtype: torch.dtype) -> dict:
     """Compile-time numbers for a shape (m a multiple of 16) and x's dtype. Chosen so that on sm_80, sm_89 and sm_90 no
     kernel spills a register or needs more than 99 KB of shared memory, which tests/test_kernel_builds.py asserts."""
@@ -322,8 +307,7 @@ def tiles(m: int, d: int, dtype: torch.dtype) -> dict:
     C, BM, BD = (32, 32, 32) if precise else (32, 64, 64) if bf16 else (64, 64, 64)
     # fp16 cannot hold kappa, nor TF32 the 24 bits of float32: fp16 is multiplied in TF32, float32 without tensor cores.
     operand = tl.bfloat16 if bf16 and not INTERPRETED else tl.float32       # Triton interprets products of bf16 wrongly
-    return dict(C=C, BM=min(BM, triton.next_power_of_2(m)), BD=BD, OPERAND=operand,
-                PRECISION="ieee" if precise else "tf32")
+    return dict(C=C, BM=min(BM, triton.next_power_of_2(m)), BD=BD, OPERAND=operand, PRECISION="ieee" if precise else "tf32")
 
 
 @functools.cache
@@ -360,58 +344,58 @@ class Launcher:
         self.MB, self.DB = -(-self.m // t["BM"]), -(-self.d // t["BD"])
         self.low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
+        self.grids = {states_kernel: (self.B, self.MB, self.DB), read_kernel: (self.B * self.N, self.DB), carry_kernel: (self.B,)}
+
     def __call__(self, name: str, *args):
         kernel, options = self.launches[name]
-        grid = {states_kernel: (self.B, self.MB, self.DB), read_kernel: (self.B * self.N, self.DB),
-                carry_kernel: (self.B,)}.get(kernel, (self.B * self.N, self.MB))
-        kernel[grid](*args, self.T, self.N, **options)
+        kernel[self.grids.get(kernel, (self.B * self.N * self.MB,))](*args, self.T, self.N, **options)
+
+
+def room(run: Launcher, theta: Tensor) -> tuple:
+    """Empty tensors for what `common` computes besides hT."""
+    B, N, m, new, low = run.B, run.N, run.m, theta.new_empty, dict(dtype=run.low)
+    return (torch.empty_like(theta, **low), torch.empty_like(theta), new(B, N, m), new(B, N, m, run.d, **low),
+            torch.empty_like(theta), new(B, N, run.C, run.C), new(B, N, m))
 
 
 def common(run: Launcher, theta, x, h0):
     """What forward and backward begin with: suffix, keep, the states, and the inner products of x with them and itself."""
-    B, N, C, m, d = run.B, run.N, run.C, run.m, run.d
-    suffix, write, keep = torch.empty_like(theta), torch.empty_like(theta, dtype=run.low), theta.new_empty(B, N, m)
-    states, hT = x.new_empty(B, N, m, d, dtype=run.low), torch.empty_like(h0)
-    S, K, n0 = torch.empty_like(theta), theta.new_empty(B, N, C, C), torch.empty_like(keep)
+    hT, (write, suffix, keep, states, S, K, n0) = torch.empty_like(h0), room(run, theta)
     run("decays", theta, write, suffix, keep)
     run("states", write, x, write, x, keep, h0, states, hT)
     run("products", x, x, states, states, S, K, n0)
-    return write, suffix, keep, states, hT, S, K, n0
+    return hT, write, suffix, keep, states, S, K, n0
 
 
-@torch.library.custom_op("fmem::scan", mutates_args=())
-def scan(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float,
-         recompute: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """scan_triton for m and d in multiples of 16: y, hT and what the gradient needs of `common`, empty if recompute."""
+def forward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float,
+            recompute: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """scan_triton for m and d in multiples of 16: y, hT and the rest of `common` for the gradient, empty if recompute."""
     theta, phi, x, h0 = (v.contiguous() for v in (theta, phi, x, h0))
     run = Launcher(theta, x)
     with torch.cuda.device_of(x):
-        write, suffix, keep, states, hT, S, K, n0 = common(run, theta, x, h0)
-        y, A, qF = torch.empty_like(x), write.new_empty(run.MB, run.B * run.N, run.C, run.C), torch.empty_like(write)
+        hT, *kept = common(run, theta, x, h0)
+        write, suffix, keep, states, S, K, n0 = kept
+        y, A, qF = torch.empty_like(x), write.new_empty(run.B * run.N, run.MB, run.C, run.C), torch.empty_like(write)
         run("mix", theta, phi, S, K, n0, suffix, suffix, keep, A, qF, eps)
         run("read", qF, states, A, x, qF, states, A, x, y)
-    return y, hT, *(v.new_empty(0) if recompute else v for v in (states, S, K, n0))
+    return y, hT, *(v.new_empty(0) if recompute else v for v in kept)
 
 
-@torch.library.custom_op("fmem::scan_backward", mutates_args=())
-def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, states: Tensor, S: Tensor, K: Tensor, n0: Tensor,
-                  dy: Tensor, dhT: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, write: Tensor, suffix: Tensor, keep: Tensor, states: Tensor,
+             S: Tensor, K: Tensor, n0: Tensor, dy: Tensor, dhT: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of theta, phi, x and h0."""
     theta, phi, x, h0, dy, dhT = (v.contiguous() for v in (theta, phi, x, h0, dy, dhT))
     run = Launcher(theta, x)
     with torch.cuda.device_of(x):
-        if states.numel():
-            write, suffix, keep = torch.empty_like(theta, dtype=run.low), torch.empty_like(theta), torch.empty_like(n0)
-            run("decays", theta, write, suffix, keep)
-        else:
-            write, suffix, keep, states, _, S, K, n0 = common(run, theta, x, h0)
-        Y, M, Z, HL = torch.empty_like(S), torch.empty_like(K), torch.empty_like(S), torch.empty_like(n0)
-        q, dphi, kappa, hx_n, dtheta = (torch.empty_like(theta) for _ in range(5))
-        kappa_out, kappa_in, kappa_0 = torch.empty_like(keep), torch.empty_like(keep), torch.empty_like(h0[..., 0])
+        if not states.numel():
+            _, write, suffix, keep, states, S, K, n0 = common(run, theta, x, h0)
+        dphi, dtheta, M, kappa_0 = (torch.empty_like(v) for v in (theta, theta, K, h0[..., 0]))
+        Y, Z, q, kappa, hx_n = theta.new_empty(5, *theta.shape).unbind()    # what only the kernels need, in few allocations
+        HL, kappa_out, kappa_in = keep.new_empty(3, *keep.shape).unbind()
         run("products_dy", dy, x, states, states, Y, M, n0)
         # A and q F for the gradient of the reads, and the like with -theta kappa for that of the writes and norms.
-        A, A2 = write.new_empty(2, run.MB, run.B * run.N, run.C, run.C)
-        qF, wF = torch.empty_like(write), torch.empty_like(write)
+        A, A2 = write.new_empty(2, run.B * run.N, run.MB, run.C, run.C).unbind()
+        qF, wF = write.new_empty(2, *write.shape).unbind()
         run("rows", theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, dtheta, eps)
         run("carry", kappa_out, keep, kappa_in, kappa_0)
         run("mix_back", theta, phi, S, K, n0, suffix, kappa, kappa_in, A2, wF, eps)
@@ -423,17 +407,19 @@ def scan_backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, states: Ten
     return dtheta, dphi, dx, dh0.addcmul_(kappa_0[..., None], h0, value=-1)
 
 
+# Operators of their own for torch.compile, which takes them as they are; Scan is the same for the rest, in less time.
+scan = torch.library.custom_op("fmem::scan", forward, mutates_args=())
+scan_backward = torch.library.custom_op("fmem::scan_backward", backward, mutates_args=())
+
+
 @scan.register_fake
 def _(theta, phi, x, h0, eps, recompute):
-    run = Launcher(theta, x)
-    kept = (run.B, run.N, run.m, run.d), theta.shape, (run.B, run.N, run.C, run.C), (run.B, run.N, run.m)
-    states, *numbers = [(0,)] * 4 if recompute else kept
-    return (x.new_empty(x.shape), h0.new_empty(h0.shape), x.new_empty(states, dtype=run.low),
-            *(theta.new_empty(shape) for shape in numbers))
+    kept = (v.new_empty(0) if recompute else v for v in room(Launcher(theta, x), theta))
+    return torch.empty_like(x), torch.empty_like(h0), *kept
 
 
 @scan_backward.register_fake
-def _(theta, phi, x, h0, states, S, K, n0, dy, dhT, eps):
+def _(theta, phi, x, h0, *rest):
     return tuple(v.new_empty(v.shape) for v in (theta, phi, x, h0))
 
 
@@ -443,13 +429,23 @@ def save(ctx, inputs, output):
     ctx.set_materialize_grads(False)                # or the states would get a gradient of zeros
 
 
-def gradients(ctx, dy, dhT, *_):
+def gradients(ctx, dy, dhT, *_, operator=scan_backward):
     tensors = ctx.saved_tensors
     dy, dhT = (torch.zeros_like(v) if g is None else g for g, v in zip((dy, dhT), tensors[2:4], strict=True))
-    return *scan_backward(*tensors, dy, dhT, ctx.eps), None, None
+    return *operator(*tensors, dy, dhT, ctx.eps), None, None
 
 
 scan.register_autograd(gradients, setup_context=save)
+
+
+class Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = forward(*inputs)
+        save(ctx, inputs, output)
+        return output[:2]
+
+    backward = staticmethod(once_differentiable(functools.partial(gradients, operator=backward)))
 
 
 # ------------------------------------------------------------------------------------------------- the checked functions
@@ -476,7 +472,6 @@ def scan_triton(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None,
     zeros. Returns y [B, T, d] in x's dtype and hT [B, m, d] in float32. Differentiable in all four. Weights, lengths and the
     carried state are float32; with x in bf16 the matrix products are bf16. For the gradient the states before the chunks are
     kept, and the inner products of x with them and with itself (m + C per token); with recompute=True only the inputs.
-
     Raises ValueError for shapes that do not fit and where the kernels cannot run (see `why_not`).
     """
     (B, T, m), d = theta.shape, x.shape[2]
@@ -492,7 +487,8 @@ def scan_triton(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None,
     if rows or cols:
         theta, phi, x, h0 = F.pad(theta, (0, rows)), F.pad(phi, (0, rows)), F.pad(x, (0, cols)), F.pad(h0, (0, cols, 0, rows))
         phi, eps = phi * (d / (d + cols)) ** 0.5, eps * d / (d + cols)
-    y, hT, *_ = scan(theta.float(), phi.float(), x, h0, eps, recompute)
+    run = scan if torch.compiler.is_compiling() else Scan.apply
+    y, hT, *_ = run(theta.float(), phi.float(), x, h0, eps, recompute)
     return y[..., :d], hT[:, :m, :d].contiguous()
 
 
@@ -505,15 +501,20 @@ def step_triton(h: Tensor, x: Tensor, theta: Tensor, phi: Tensor, rows: Tensor |
     (B, m, d), k = h.shape, theta.shape[1]
     if h.dtype != torch.float32 or not h.is_contiguous():
         raise ValueError(f"the state must be float32 and contiguous, not {h.dtype} with strides {h.stride()}")
-    y, x, theta, phi = torch.empty_like(x), x.contiguous(), theta.float().contiguous(), phi.float().contiguous()
+    x, theta, phi, t = x.contiguous(), theta.float().contiguous(), phi.float().contiguous(), step_tiles(B, k, d)
+    parts = -(-k // t["PART"])
+    y = x.new_empty(parts, B, d, dtype=torch.float32 if parts > 1 else x.dtype)
     with torch.cuda.device_of(x):
-        step_kernel[(B,)](h, x, theta if rows is None else rows.contiguous(), theta, phi, y, eps, m=m, d=d, k=k,
-                          DENSE=rows is None, **step_tiles(k, d))
-    return y
+        step_kernel[B, parts](h, x, theta if rows is None else rows.contiguous(), theta, phi, y, eps, m=m, d=d, k=k,
+                              DENSE=rows is None, **t)
+    return y.sum(0).to(x.dtype) if parts > 1 else y[0]
 
 
-def step_tiles(k: int, d: int) -> dict:
-    """The whole width of a row, as many rows at once as registers hold, and no more warps than have numbers of their own."""
+def step_tiles(B: int, k: int, d: int) -> dict:
+    """The whole width of a row, as many rows at once as registers hold, and no more warps than have numbers of their own. With
+    many rows and few texts they are divided among programs, about 128 in all, or most of the GPU would be idle."""
     BD = max(16, triton.next_power_of_2(d))
     BK = max(1, min(triton.next_power_of_2(k), 8192 // BD))
-    return dict(BK=BK, BD=BD, num_warps=max(1, min(8, BK * BD // 1024)))
+    turns = -(-k // BK)
+    PART = BK * (-(-turns // max(1, 128 // B)) if turns >= 4 else turns)
+    return dict(BK=BK, BD=BD, PART=PART, num_warps=max(1, min(8, BK * BD // 1024)))

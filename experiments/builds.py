@@ -40,7 +40,7 @@ def build(capability, dtype, m, d):
     low = "*bf16" if dtype == torch.bfloat16 else "*fp32"
     types = {**dict.fromkeys("write w1 w2 wF qF A A1 A2 states states1 states2".split(), low),
              **dict.fromkeys("x v v1 v2 out y".split(), name[dtype]), "T": "i32", "N": "i32", "eps": "fp32", "rows": "*i64"}
-    step = dict(m=m, d=d, k=m // 4, DENSE=False, **kernel.step_tiles(m // 4, d))
+    step = dict(m=m, d=d, k=m // 4, DENSE=False, **kernel.step_tiles(1, m // 4, d))
     for label, (function, options) in {**kernel.launches(m, d, dtype), "step": (kernel.step_kernel, step)}.items():
         launch = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
         constants = {k: v for k, v in options.items() if k not in launch}

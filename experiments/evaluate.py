@@ -292,7 +292,7 @@ def measure_routing(model, checkpoint, text, device, n_tokens):
     words[enc.eot_token] = "<|endoftext|>"
     seen = record_routing(model, tokens, context, device)
     layers = [describe(*layer, tokens, context, words) for layer in seen]
-    if getattr(model.config, "shift", False):           # how much of a write is routed by the token before
+    if getattr(model.config, "shift", False):           # the part of the token before in the routing of a write
         for s, block in zip(layers, model.blocks, strict=True):
             s["lambda"] = torch.sigmoid(block.memory.shift).item()
     m = seen[0][0].shape[1]                             # rows that tokens are routed to

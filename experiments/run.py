@@ -125,6 +125,19 @@ def experiments():
     for name in SPREAD:
         runs[f"ablation-routing/{name}"] = (
             f"python -m experiments.evaluate {OUT}/ablation/{name}_{SEEDS[0]}/last.pt --routing --tokens 16384")
+    runs |= changed() | more_recall()
+    for m, k in ROWS:
+        for tau in TAUS:
+            runs[f"rows/{m}_{k}_{tau}_{SEEDS[0]}"] = rows_command(m, k, tau, SEEDS[0])
+        tau = best_tau(m, k)                            # the other seeds, with the tau that was best
+        for seed in SEEDS[1:] if tau else ():
+            runs[f"rows/{m}_{k}_{tau}_{seed}"] = rows_command(m, k, tau, seed)
+    return {name: " ".join(command.split()) for name, command in runs.items()}
+
+
+def changed():
+    """The changes of variants/extended.py in language: experiments for sections 8, 9 and 10 of the page."""
+    runs = {}
     for some in (some for n in range(1, 5) for some in itertools.combinations(CHANGES, n)):
         options = " ".join(CHANGES[name] for name in some)
         runs[f"changes/{'+'.join(some)}_{SEEDS[0]}"] = f"python train.py {SIZE} {options} --lr 8e-3 --max_steps 500"
@@ -154,6 +167,18 @@ def experiments():
         for m, k in SEATED:
             more = f"--shared_row --n_rows {m + 1} --k_rows {k} --tau 0.25 --seed {seed}"
             runs[f"seated/{m}_{k}_{seed}"] = f"python train.py {SMALL} {more}"
+    for model, options in CODE.items():
+        size = SIZE.replace("--context 256 --batch_size 8 --eval_every 100", "--context 1024 --batch_size 2 --eval_every 500")
+        lr = LR.get(model, "8e-3")
+        runs[f"code/{model}"] = f"python train.py --data data/stdlib {size} {options} --lr {lr} --max_steps 1500"
+        last = f"{OUT}/code/{model}/last.pt"
+        runs[f"code-long/{model}"] = f"python -m experiments.evaluate {last} --long 8 --tokens 131072 --recall"
+    return runs
+
+
+def more_recall():
+    """Section 8 again: recall with the changes."""
+    runs = {}
     for seed in SEEDS:
         names = {f"{task}/{model}_{seed}": f"python train.py --data {task} {RECALL.replace('--lr 4e-3 ', '')} {size} {options}"
                  for task, size in MORE_TASKS.items() for model, options in MORE_RECALL.items()}
@@ -163,23 +188,11 @@ def experiments():
             runs[name] = f"{command} --seed {seed}"
         for name in names:
             runs[f"recall-{name}"] = f"python -m experiments.evaluate {OUT}/{name}/last.pt --recall"
-    for model, options in CODE.items():
-        size = SIZE.replace("--context 256 --batch_size 8 --eval_every 100", "--context 1024 --batch_size 2 --eval_every 500")
-        lr = LR.get(model, "8e-3")
-        runs[f"code/{model}"] = f"python train.py --data data/stdlib {size} {options} --lr {lr} --max_steps 1500"
-        last = f"{OUT}/code/{model}/last.pt"
-        runs[f"code-long/{model}"] = f"python -m experiments.evaluate {last} --long 8 --tokens 131072 --recall"
     for lr in RATES:
         for model, options in RATED.items():
             size = "--context 64 --batch_size 32 --max_steps 4800 --eval_every 400"
             runs[f"rates/{model}_{lr}_{SEEDS[0]}"] = f"python train.py --data mqar {RECALL} {size} {options} --lr {lr}"
-    for m, k in ROWS:
-        for tau in TAUS:
-            runs[f"rows/{m}_{k}_{tau}_{SEEDS[0]}"] = rows_command(m, k, tau, SEEDS[0])
-        tau = best_tau(m, k)                            # the other seeds, with the tau that was best
-        for seed in SEEDS[1:] if tau else ():
-            runs[f"rows/{m}_{k}_{tau}_{seed}"] = rows_command(m, k, tau, seed)
-    return {name: " ".join(command.split()) for name, command in runs.items()}
+    return runs
 
 
 def rows_command(m, k, tau, seed):

@@ -68,8 +68,8 @@ MISTAKES = [
     ),
     (
         "a step writes the rows 0 to k - 1",
-        "            row = tl.load(rows + b * k + i, mask=chosen, other=0).to(tl.int64)",
-        "            row = i.to(tl.int64)",
+        "if DENSE else tl.load(rows + b * k + i, mask=chosen, other=0).to(tl.int64)",
+        "if DENSE else i.to(tl.int64)",
     ),
     ("a step of the first text for all", "    xb, acc = tl.load(x + b * d + e,", "    xb, acc = tl.load(x + e,"),
     (

@@ -74,6 +74,16 @@ def test_kernels_are_one_node_for_the_compiler_and_take_strided_inputs():
 
 
 @needs_triton
+def test_kernels_have_no_second_gradient():
+    """It would be wrong, so it is an error."""
+    leaves = [v.float().to(DEVICE).requires_grad_() for v in scan_inputs(T=9)]
+    y, _ = kernel.scan_triton(*leaves)
+    first, = torch.autograd.grad(y.square().sum(), leaves[2], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+@needs_triton
 def test_kernels_say_why_they_do_not_run(fresh_choice, capfd):
     inputs = [v.to(DEVICE) for v in scan_inputs(T=5)]
     for _ in range(2):
@@ -92,20 +102,23 @@ def test_kernels_say_why_they_do_not_run(fresh_choice, capfd):
 
 
 @needs_triton
-@pytest.mark.parametrize("k", [None, 1, 5])
-def test_step_kernel_touches_only_its_rows(k, poisoned):
+@pytest.mark.parametrize("m, d, k", [(20, 70, None), (20, 70, 1), (20, 70, 5), (40, 1000, None), (45, 600, 42)])
+def test_step_kernel_touches_only_its_rows(m, d, k, poisoned):
+    """Also where several programs do the rows of a text, the last two."""
+    t = kernel.step_tiles(3, k or m, d)
+    assert (t["PART"] < (k or m)) == (m > 20)
     g = torch.Generator().manual_seed(0)
-    h, x = torch.randn(3, 20, 70, generator=g), torch.randn(3, 70, generator=g)
-    theta, phi = torch.rand(2, 3, k or 20, generator=g)
+    h, x = torch.randn(3, m, d, generator=g), torch.randn(3, d, generator=g)
+    theta, phi = torch.rand(2, 3, k or m, generator=g)
     theta[0, 0], theta[1, 0] = 0.0, 1.0
-    rows = k and torch.stack([torch.randperm(20, generator=g)[:k] for _ in range(3)])
-    full = [v if k is None else torch.zeros(3, 20).scatter(1, rows, v) for v in (theta, phi)]
+    rows = k and torch.stack([torch.randperm(m, generator=g)[:k] for _ in range(3)])
+    full = [v if k is None else torch.zeros(3, m).scatter(1, rows, v) for v in (theta, phi)]
     want_y, want_h = scan_loop(*(v[:, None].double() for v in full), x[:, None].double(), h.double())
     now, rows = h.clone().to(DEVICE), rows if k is None else rows.to(DEVICE)
     y = kernel.step_triton(now, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows).cpu()
     assert error(y, want_y[:, 0]) < 1e-6 and error(now.cpu(), want_h) < 1e-6        # a few roundings of 2^-24
     if k:
-        others = torch.ones(3, 20, dtype=torch.bool).scatter(1, rows.cpu(), False)
+        others = torch.ones(3, m, dtype=torch.bool).scatter(1, rows.cpu(), False)
         assert torch.equal(now.cpu()[others], h[others])
     with pytest.raises(ValueError, match="float32 and contiguous"):
         kernel.step_triton(now.mT.contiguous().mT, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows)
@@ -145,10 +158,18 @@ def test_training_agrees_with_and_without_the_kernels(corpus, tmp_path, fresh_ch
 
 
 @needs_triton
+def test_rows_of_a_step_are_divided_where_few_texts_have_many():
+    for B, k, d, programs in ((1, 16, 384, 1), (1, 64, 1024, 8), (1, 256, 1024, 32), (1, 512, 4096, 128), (64, 64, 1024, 2),
+                              (256, 64, 1024, 1), (8, 512, 4096, 16)):
+        t = kernel.step_tiles(B, k, d)
+        assert t["PART"] % t["BK"] == 0 and -(-k // t["PART"]) == programs
+
+
+@needs_triton
 @pytest.mark.parametrize("k, d", [(1, 16), (1, 128), (2, 70), (16, 384), (64, 4096), (512, 1024)])
 def test_no_two_warps_of_the_step_hold_the_same_numbers(k, d):
     """The step loads and stores the same addresses; a number held twice could be loaded after it was stored."""
-    t = kernel.step_tiles(k, d)
+    t = kernel.step_tiles(1, k, d)
     assert t["num_warps"] == 1 or t["BK"] * t["BD"] >= 32 * t["num_warps"] * 32
 
 
