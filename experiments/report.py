@@ -5,7 +5,9 @@ results/bench_cpu_epyc.json (experiments.bench_scan) and results/survives.json (
 for the figures; without it only the text is written.
 """
 import json
+import re
 
+from experiments import estimate
 from experiments.run import MODELS, results
 from experiments.sections_changes import changes_section
 from experiments.sections_inside import ablation_section, routing_section, speed
@@ -123,13 +125,26 @@ def gpu(folder):
     return "\n".join(tables)
 
 
+def gpu_line(folder):
+    """The sentence of README.md on what was measured on a GPU."""
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("part-*.json"))}
+    if not {"part-1", "part-6"} <= found.keys():
+        return "**Not measured yet**: neither this preset nor the kernels have run on a GPU."
+    checked = found["part-1"]["rows"]
+    speed = {row["name"]: row["tokens/s"] for row in found["part-6"]["rows"] if "tokens/s" in row}
+    words = ", ".join(f"{name} {tokens:,.0f}" for name, tokens in speed.items())
+    return (f"**Measured** on {found['part-1']['device']}: {sum(bool(row.get('right')) for row in checked)} of {len(checked)} "
+            f"configurations of the kernels right; tokens/s of training at width 512: {words}.")
+
+
 START, END = "<!-- written by experiments/report.py -->\n", "<!-- end -->\n"
 
 
-def between_marks(path, body):
-    """The page at `path` with `body` in the place of what stands between its marks."""
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    return before + START + "\n" + body + "\n" + END + rest.split(END, 1)[1]
+def between_marks(path, *bodies):
+    """The page at `path` with these in the places of what stands between its marks, one after the other."""
+    first, *parts = path.read_text(encoding="utf-8").split(START)
+    return first + "".join(START + "\n" + body + "\n" + END + part.split(END, 1)[1]
+                           for body, part in zip(bodies, parts, strict=True))
 
 
 def pages(draw=True):
@@ -167,8 +182,13 @@ that. Another number of threads rounds differently and moves the third decimal.
     compared = table(["", "bits per byte, context 256", "rise of the loss 128 times beyond the training length, %"], rows)
     did = json.loads((HERE / "results/survives.json").read_text(encoding="utf-8"))
     scans = json.loads((HERE / "results/bench_cpu_epyc.json").read_text(encoding="utf-8"))["rows"]
-    tables = {"README.md": compared, "docs/robustness.md": survives(did), "docs/speed.md": forms(scans) + gpu(HERE / "results/gpu")}
-    return {HERE / "RESULTS.md": page, **{ROOT / name: between_marks(ROOT / name, body) for name, body in tables.items()}}
+    kernels, preset = estimate.tables(json.loads((HERE / "results/estimates.json").read_text(encoding="utf-8")))
+    tables = {"README.md": [compared], "docs/robustness.md": [survives(did)],
+              "docs/speed.md": [forms(scans), kernels, preset + gpu(HERE / "results/gpu")]}
+    written = {ROOT / name: between_marks(ROOT / name, *bodies) for name, bodies in tables.items()}
+    line = gpu_line(HERE / "results/gpu")
+    written[ROOT / "README.md"] = re.sub(r"\*\*(Not measured yet|Measured)\*\*.*", lambda _: line, written[ROOT / "README.md"])
+    return {HERE / "RESULTS.md": page, **written}
 
 
 def main():

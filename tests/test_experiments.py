@@ -7,7 +7,7 @@ import time
 import pytest
 
 import train as train_py
-from experiments import bench_scan, gpu, report
+from experiments import bench_host, bench_scan, estimate, gpu, report
 from experiments import run as experiments
 from tests.helpers import ROOT, kernel, log_rows, needs_triton
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -121,3 +121,45 @@ def test_what_fails_there_is_a_row(tmp_path, monkeypatch, capsys):
             gpu.main(wrong)
         said = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
         assert said.startswith("experiments.gpu: error: ")
+
+
+@needs_triton
+def test_estimates_are_counted_from_the_launches():
+    """As committed; and the counts are those that were made by hand for chunks of 64."""
+    committed = json.loads((ROOT / "experiments/results/estimates.json").read_text(encoding="utf-8"))
+    again = json.loads(json.dumps(estimate.estimates()))
+    assert estimate.tables(again) == estimate.tables(committed)
+    forward, backward = estimate.launched(**estimate.SHAPE, C=64)
+    assert sum(flops for _, _, flops, _ in forward) == pytest.approx(21.5e9, rel=0.01)
+    assert sum(flops for _, _, flops, _ in forward + backward) == pytest.approx(60e9, rel=0.02)
+    assert sum(moved for _, moved, *_ in forward) == pytest.approx(0.58e9, rel=0.03)
+    tokens, m, N, B = 8 * 4096, 64, 4096 // 64, 8
+    moved = {name: moved for name, moved, *_ in forward}
+    assert moved["decays"] == tokens * m * (4 + 2 + 4) + B * N * m * 4              # theta, write, suffix; keep
+    # wF, states, A; x and y
+    assert moved["read"] == 2 * (tokens * m + B * N * m * 1024 + tokens * 64 + 2 * tokens * 1024)
+    assert kernel.Launcher.__call__.__name__ == "__call__" and kernel.tiles(64, 1024, gpu.DTYPE)["C"] == 32    # as before
+
+
+@needs_triton
+def test_the_time_of_the_host_is_measured_without_launches(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    bench_host.main(["--repeats", "2", "--json", str(tmp_path / "a.json")])
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert set(found) == {"function", "operator"} and "us per layer" in capsys.readouterr().out
+    assert kernel.Launcher.__call__.__name__ == "__call__"
+    with pytest.raises(SystemExit):
+        bench_host.main(["--repeats", "0"])
+    committed = json.loads((ROOT / "experiments/results/host.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    assert f"takes {1e6 * committed['function']:.0f} us" in page and f"({1e6 * committed['operator']:.0f} as an operator" in page
+
+
+def test_the_front_page_says_what_was_measured_on_a_gpu(tmp_path):
+    assert report.gpu_line(tmp_path).startswith("**Not measured yet**")
+    for part, rows in ((1, [{"name": "a", "right": True}, {"name": "b", "right": False}, {"name": "c", "failed": "x"}]),
+                       (6, [{"name": "memory, form kernel", "tokens/s": 123456.7}, {"name": "mamba2", "failed": "x"}])):
+        (tmp_path / f"part-{part}.json").write_text(json.dumps({"device": "NVIDIA Test", "rows": rows}))
+    line = report.gpu_line(tmp_path)
+    assert line == ("**Measured** on NVIDIA Test: 1 of 3 configurations of the kernels right; tokens/s of training at width 512: "
+                    "memory, form kernel 123,457.")
