@@ -65,13 +65,13 @@ def put(p, row0, rows, cols, n_rows, n_cols: constexpr, value):
 
 
 @triton.jit
-def place(T, N, m: constexpr, C: constexpr, BM: constexpr, rows):
-    """A program's chunk, counted over all texts; its block of rows; the chunk's first token, and the text's tokens from there on.
+def place(T, N, m: constexpr, C: constexpr, BM: constexpr, rows, tokens):
+    """A program's chunk, counted over all texts; its block of rows; `tokens`; the chunk's first token; tokens left from there on.
     Programs of one chunk follow each other: its x is still in the L2 cache."""
     blocks: constexpr = (m + BM - 1) // BM
     program = tl.program_id(0).to(tl.int64)
     bc, im = program // blocks, (program % blocks).to(tl.int32)
-    return bc, im * BM + rows, bc // N * T + bc % N * C, T - bc % N * C
+    return bc, im * BM + rows, tokens, bc // N * T + bc % N * C, T - bc % N * C
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def dot(a, b, acc, OPERAND: constexpr, PRECISION: constexpr):
 @jit
 def decays_kernel(theta, write, suffix, keep, T, N, m: constexpr, C: constexpr, BM: constexpr):
     """Of each chunk: suffix_s = D(C, s), write_s = theta_s D(C, s) and keep = D(C, 0), for H' = keep H + write^T x."""
-    (bc, i, row0, left), t = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
+    bc, i, t, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
     th = tile(theta, row0, t, i, left, m)
     after = tile(theta, row0 + 1, t, i, tl.minimum(left, C) - 1, m)         # theta of the token behind
     D = tl.cumprod(1 - after, 0, reverse=True)
@@ -117,7 +117,7 @@ def states_kernel(w1, v1, w2, v2, keep, first, states, last, T, N, m: constexpr,
 def products_kernel(v, x, states, states2, S, K, rowdot, T, N, m: constexpr, d: constexpr, C: constexpr, BM: constexpr,
                     BD: constexpr, GRAM: constexpr, ROWDOT: constexpr, OPERAND: constexpr, PRECISION: constexpr):
     """Inner products of each chunk: S = v states^T; GRAM: K = v x^T; ROWDOT: <states[i], states2[i]> of each row."""
-    (bc, i, row0, left), t = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
+    bc, i, t, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
     first = tl.program_id(0) % tl.cdiv(m, BM) == 0
     s_acc, k_acc, r_acc = tl.zeros([C, BM], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([BM], tl.float32)
     for start in range(0, d, BD):
@@ -142,7 +142,7 @@ def mix_kernel(theta, phi, S, K, n0, suffix, kappa, kappa_in, A, wF, eps, T, N, 
     Forward: w_t = q_t, from the row lengths. BACKWARD: w_t = -theta_t kappa_t, where the chunks behind add D(C, t)^2 kappa_in
     to the kappa of `rows_kernel`.
     """
-    (bc, i, row0, left), s = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
+    bc, i, s, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
     rows, E, F = i < m, tl.zeros([C, BM], tl.float32), tl.full([BM], 1.0, tl.float32)
     A += tl.program_id(0).to(tl.int64) * C * C
     if BACKWARD:
@@ -199,7 +199,7 @@ def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, 
     Gives A, q F and q as before, dphi = r g, hx_n = <h_{t-1}, x_t> - n_{t-1}, kappa as far as the chunk itself makes it, and
     a_1^2 kappa_1. c_t is room for its own use.
     """
-    (bc, i, row0, left), s = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
+    bc, i, s, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
     rows, tokens = i < m, tl.minimum(left, C)
     E, F = tl.zeros([C, BM], tl.float32), tl.full([BM], 1.0, tl.float32)
     A += tl.program_id(0).to(tl.int64) * C * C
@@ -254,7 +254,7 @@ def theta_kernel(theta, q, kappa, kappa_in, hx_n, S, K, Y, M, Z, HL, suffix, dth
     h_{j-1} are its inner products with L, v = <h_{j-1}, L>, and with the brackets, X_u = <h_{j-1}, q_u dy_u - ... x_u>.
     Both obey eq. 10: they move to those of x_j, Z_j and W_u, by the share theta_j.
     """
-    (bc, i, row0, left), u = place(T, N, m, C, BM, tl.arange(0, BM)), tl.arange(0, C)
+    bc, i, u, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
     rows, th, wy = i < m, tile(theta, row0, u, i, left, m), tile(q, row0, u, i, left, m)
     k_in, D_C = tl.load(kappa_in + bc * m + i, mask=rows, other=0.0), tile(suffix, row0, u, i, left, m)
     wx, a = -th * (tile(kappa, row0, u, i, left, m) + D_C * D_C * k_in[None, :]), 1 - th

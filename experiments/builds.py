@@ -33,7 +33,6 @@ def build(capability, dtype, m, d):
     folder TRITON_CACHE_DIR, and no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     import kernel
     name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -45,9 +44,7 @@ def build(capability, dtype, m, d):
         launch = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
         constants = {k: v for k, v in options.items() if k not in launch}
         signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in function.arg_names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(function.arg_names) if signature[n].startswith("*")}
-        source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+        compiled = triton.compile(source_of(function, signature, constants), target=GPUTarget("cuda", capability, 32), options=launch)
         binary = Path(os.environ["TRITON_CACHE_DIR"], f"{capability}.cubin")
         binary.write_bytes(compiled.asm["cubin"])
         done = subprocess.run([tool("cuobjdump"), "-res-usage", binary], capture_output=True, text=True, check=True)
@@ -55,6 +52,19 @@ def build(capability, dtype, m, d):
         yield {"capability": capability, "kernel": label, "dtype": str(dtype), "m": m, "d": d, "warps": launch["num_warps"],
                "registers": use["REG"] * 32 * launch["num_warps"], "spilled": use["STACK"] + use["LOCAL"],
                "shared": compiled.metadata.shared}, binary
+
+
+def source_of(function, signature, constants):
+    """What triton.compile takes, for pointers that are multiples of 16 bytes. Triton 3.2 asks for it in another way."""
+    from triton.compiler import ASTSource
+    try:
+        from triton.backends.compiler import AttrsDescriptor
+    except ImportError:
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(function.arg_names) if signature[n].startswith("*")}
+        return ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+    aligned = {i: 16 for i, n in enumerate(function.arg_names) if signature[n].startswith("*")}
+    variable = {n: t for n, t in signature.items() if n not in constants}
+    return ASTSource(function, variable, constants, AttrsDescriptor.from_hints(aligned))
 
 
 def instructions(binary):
