@@ -44,7 +44,8 @@ def build(capability, dtype, m, d):
         launch = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
         constants = {k: v for k, v in options.items() if k not in launch}
         signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in function.arg_names}
-        compiled = triton.compile(source_of(function, signature, constants), target=GPUTarget("cuda", capability, 32), options=launch)
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source_of(function, signature, constants), target=target, options=launch)
         binary = Path(os.environ["TRITON_CACHE_DIR"], f"{capability}.cubin")
         binary.write_bytes(compiled.asm["cubin"])
         done = subprocess.run([tool("cuobjdump"), "-res-usage", binary], capture_output=True, text=True, check=True)
