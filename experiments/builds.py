@@ -35,15 +35,25 @@ def build(capability, dtype, m, d):
     from triton.backends.compiler import GPUTarget
 
     import kernel
+    from fast import decode_gpu
     name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     low = "*bf16" if dtype == torch.bfloat16 else "*fp32"
     types = {**dict.fromkeys("write w1 w2 wF qF A A1 A2 states states1 states2".split(), low),
-             **dict.fromkeys("x v v1 v2 out y".split(), name[dtype]), "T": "i32", "N": "i32", "eps": "fp32", "rows": "*i64"}
+             **dict.fromkeys("x v v1 v2 out y".split(), name[dtype]), **dict.fromkeys("TN", "i32"),
+             **dict.fromkeys(("eps", "tau"), "fp32"), "rows": "*i64"}
+    # of add_norm and silu_mul
+    wide = {"x": "*fp32", "y": name[dtype], "low": name[dtype], "both": name[dtype]}
     step = dict(m=m, d=d, k=m // 4, DENSE=False, **kernel.step_tiles(1, m // 4, d))
-    for label, (function, options) in {**kernel.launches(m, d, dtype), "step": (kernel.step_kernel, step)}.items():
+    BM, BD = triton.next_power_of_2(m), triton.next_power_of_2(d)
+    others = {"step": (kernel.step_kernel, step),
+              "add_norm": (decode_gpu.add_norm_kernel, dict(d=d, BD=BD, ADD=True, LOW=dtype != torch.float32, num_warps=4)),
+              "silu_mul": (decode_gpu.silu_mul_kernel, dict(n=d, BLOCK=1024, num_warps=4)),
+              "route_step": (decode_gpu.route_step_kernel, dict(m=m, d=d, k=max(m // 4, 1), BM=BM, **kernel.step_tiles(1, m, d)))}
+    for label, (function, options) in {**kernel.launches(m, d, dtype), **others}.items():
         launch = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
         constants = {k: v for k, v in options.items() if k not in launch}
-        signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in function.arg_names}
+        known = {**types, **wide} if label in ("add_norm", "silu_mul") else types
+        signature = {n: "constexpr" if n in constants else known.get(n, "*fp32") for n in function.arg_names}
         target = GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source_of(function, signature, constants), target=target, options=launch)
         binary = Path(os.environ["TRITON_CACHE_DIR"], f"{capability}.cubin")

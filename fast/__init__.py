@@ -3,6 +3,7 @@
     chunked.py    the chunked form as one operator with a gradient of its own: form "fast", on any device with float64
     ../kernel.py  Triton kernels: form "kernel", on NVIDIA GPUs
     graph.py      generation as a CUDA graph
+    decode_gpu.py what the graph holds: a step in few launches
     decode.py     generation on a CPU, in fewer calls
     check.py      whether the kernels are right here, before they are trusted
 

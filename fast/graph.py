@@ -23,11 +23,8 @@ def record_step(model, token: Tensor, state: list, sample: Callable, choice: tup
     generators = choice[-1] if isinstance(choice[-1], list) else [choice[-1]] if choice[-1] is not None else []
     randomness = torch.cuda.get_rng_state(token.device), [generator.get_state() for generator in generators]
 
-    def step():
-        # Autocast's cache of narrow weights would be freed with its context, and the graph would read what comes after them.
-        narrow = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
-        with torch.autocast("cuda", cache_enabled=False, **narrow):
-            logits, _ = model(token, state)
+    def plain():
+        logits, _ = model(token, state)
         token.copy_(sample(logits, *choice))
 
     def restore():
@@ -38,30 +35,52 @@ def record_step(model, token: Tensor, state: list, sample: Callable, choice: tup
         for generator, then in zip(generators, randomness[1], strict=True):
             generator.set_state(then)
 
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(token.device)
-    try:
-        for generator in generators:
-            graph.register_generator_state(generator)
-        side.wait_stream(torch.cuda.current_stream(token.device))
-        with torch.cuda.stream(side):
-            for _ in range(3):                          # compiles the kernels and sets up the libraries, outside the graph
-                step()
-        torch.cuda.current_stream(token.device).wait_stream(side)
-        with torch.cuda.graph(graph):
-            step()
-        if WANTED and not same_tokens(step, graph.replay, token, restore):
-            raise RuntimeError("its first tokens are not those of single steps")
-    except Exception as e:                              # Triton's errors are no RuntimeErrors
-        graph = None
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        print(f"fmem: no CUDA graph for the steps: {why}", file=sys.stderr)
-    restore()
+    graph = None
+    # Autocast's cache of narrow weights would be freed with its context, and the graph would read what comes after them.
+    narrow = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
+    with torch.autocast("cuda", cache_enabled=False, **narrow):
+        for name, step in (("fused step", fused(model, token, state, sample, choice)), ("CUDA graph for the steps", plain)):
+            if not step or graph:
+                continue
+            try:
+                graph = record(step, token, generators)
+                if WANTED and not same_tokens(plain, graph.replay, token, restore):
+                    graph = None
+                    raise RuntimeError("its first tokens are not those of single steps")
+            except Exception as e:                      # Triton's errors are no RuntimeErrors
+                why = (str(e).strip() or type(e).__name__).splitlines()[0]
+                print(f"fmem: no {name}: {why}", file=sys.stderr)
+            restore()
 
     def replay():
         graph.replay()
         return token.clone()
 
     return replay if graph else None
+
+
+def record(step: Callable, token: Tensor, generators: list) -> torch.cuda.CUDAGraph:
+    """The launches of a step, which draws from the generators, as a graph."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(token.device)
+    for generator in generators:
+        graph.register_generator_state(generator)
+    side.wait_stream(torch.cuda.current_stream(token.device))
+    with torch.cuda.stream(side):
+        for _ in range(3):                              # compiles the kernels and sets up the libraries, outside the graph
+            step()
+    torch.cuda.current_stream(token.device).wait_stream(side)
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def fused(*arguments) -> Callable[[], None] | None:
+    """`fused_step` of decode_gpu.py; None without Triton."""
+    try:
+        from .decode_gpu import fused_step
+    except ImportError:
+        return None
+    return fused_step(*arguments)
 
 
 def same_tokens(step: Callable, replay: Callable, token: Tensor, restore: Callable, n: int = 8) -> bool:
