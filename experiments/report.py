@@ -9,9 +9,9 @@ import re
 
 from experiments import estimate
 from experiments.run import MODELS, results
-from experiments.sections_changes import changes_section
+from experiments.sections_changes import changes_section, rates_table
 from experiments.sections_inside import ablation_section, routing_section, speed
-from experiments.sections_memory import code_section, headline, why_section
+from experiments.sections_memory import code_section, headline, headline_table, why_section, why_table
 from experiments.sections_quality import long, recall_section, rows_section, short
 from experiments.tables import HERE, NAMES, Figures, over_seeds, spread, table, training_row
 
@@ -153,7 +153,7 @@ def pages(draw=True):
     bench = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     figures = Figures(draw)
     sections = [short(done, bench, figures), long(done, figures), rows_section(done, figures), speed(bench, figures),
-                recall_section(done, figures), routing_section(done, figures), ablation_section(done), changes_section(done),
+                recall_section(done, figures), routing_section(done, figures), ablation_section(done), changes_section(done, figures),
                 why_section(done), code_section(done)]
     conclusions = (HERE / "results/conclusions.md").read_text(encoding="utf-8").strip()
     page = f"""# Results
@@ -184,6 +184,7 @@ that. Another number of threads rounds differently and moves the third decimal.
     scans = json.loads((HERE / "results/bench_cpu_epyc.json").read_text(encoding="utf-8"))["rows"]
     kernels, preset = estimate.tables(json.loads((HERE / "results/estimates.json").read_text(encoding="utf-8")))
     tables = {"README.md": [compared], "docs/robustness.md": [survives(did)],
+              "docs/memory.md": [why_table(done), rates_table(done), headline_table(done)[0]],
               "docs/speed.md": [forms(scans), kernels, preset + gpu(HERE / "results/gpu")]}
     written = {ROOT / name: between_marks(ROOT / name, *bodies) for name, bodies in tables.items()}
     line = gpu_line(HERE / "results/gpu")

@@ -62,7 +62,7 @@ def rates_table(done):
     return table(["model", *(f"lr {lr}" for lr in sorted(RATES, key=float))], rows)
 
 
-def changes_section(done):
+def changes_section(done, figures):
     if not any(name.startswith("changes/") for name in done):
         return ""
     seeds = [done[f"short/sparse_{seed}"]["result"]["nats"] for seed in SEEDS]
@@ -79,7 +79,7 @@ nothing here.
 With all three seeds:
 
 {seeds_table(done)}
-{ten_section(done) or ''}**Associative recall at five rates** (`--data mqar {RECALL.replace("--lr 4e-3 ", "")}` as in section 5, but {tokens / 1e6:.1f} million
+{ten_section(done, figures) or ''}**Associative recall at five rates** (`--data mqar {RECALL.replace("--lr 4e-3 ", "")}` as in section 5, but {tokens / 1e6:.1f} million
 tokens, four times as many; **one seed**). Right answers in percent, over windows of 4, 8 and 16 pairs; an empty cell was not run.
 
 {rates_table(done)}

@@ -27,35 +27,43 @@ def best_rate(done, model):
     return max(found, default=None)
 
 
-def headline(done, figures):
-    """One table and one picture: language against recall against the size of the state."""
+def headline_table(done):
+    """-> the table of language against recall against the size of the state, and (name, nats, recall, KiB) of whole rows."""
     rows, points = [], []
     for name, (short, ten, recall) in HEADLINE.items():
         tasks = {"mqar": best_rate(done, recall), **{task: value(done, f"{task}/{recall}_{SEED}", "right") for task in MORE_TASKS}}
         state = value(done, f"recall-repeat/{recall}_{SEED}", "recall")
         kib = state and state["state_bytes"] / 1024
-        ten_million = [value(done, f"{group}/{ten}_{SEED}", "nats") for group in ("ten", "drop")]
-        rows.append([name, spread(over_seeds(done, short + "_{}", "nats")), *map(shown, ten_million),
+        nats = [value(done, f"{group}/{ten}_{SEED}", "nats") for group in ("ten", "drop")]
+        rows.append([name, spread(over_seeds(done, short + "_{}", "nats")), *map(shown, nats),
                      *("" if share is None else f"{100 * share:.1f}" for share in tasks.values()), shown(kib, 0)])
-        if None not in (ten_million[1], kib, *tasks.values()):
-            points.append((name, ten_million[1], statistics.mean(tasks.values()), kib))
+        if None not in (nats[0], kib, *tasks.values()):
+            points.append((name, nats[0], statistics.mean(tasks.values()), kib))
+    head = ["model", "1 million tokens, three seeds", "10 million", "the same, dropout 0.1", "MQAR, best rate, %",
+            *(f"{task}, %" for task in MORE_TASKS), "state, KiB"]
+    return table(head, rows), points
+
+
+def headline(done, figures):
+    """One table and one picture."""
+    shown_table, points = headline_table(done)
 
     def draw(figure):
         ax = figure.subplots()
         for i, (name, nats, right, kib) in enumerate(points):
             ax.scatter(nats, 100 * right, s=6 * kib, color=f"C{i}", alpha=0.7)
-            ax.annotate(f"{name}, {kib:.0f} KiB", (nats, 100 * right), fontsize=8, xytext=(0, 8), textcoords="offset points",
+            ax.annotate(f"{name}, {kib:.0f} KiB", (nats, 100 * right), fontsize=8, xytext=(0, 10), textcoords="offset points",
                         ha="center")
-        ax.set(xlabel="language, nats per token after ten million tokens (left is better)", ylim=(0, 115),
+        ax.set(xlabel="language, nats per token after ten million tokens, no dropout (left is better)", ylim=(0, 115),
                ylabel="recall, right answers in %, mean of three tasks")
-        ax.margins(x=0.25)
+        ax.margins(x=0.3)
         ax.grid(alpha=0.3)
 
     picture = figures.draw("headline", (7.5, 4.2), draw, "language against recall against the size of the state") if points else ""
-    return f"""{table(["model", "language, 1 million tokens, three seeds", "10 million, no dropout", "10 million, dropout 0.1",
-                       "MQAR, best rate, %", *(f"{task}, %" for task in MORE_TASKS), "state of the recall model, KiB"], rows)}
-Language in nats per validation token (sections 1 and 8); recall in right answers (section 8). Ten million tokens and recall: **one seed**;
-an empty cell was not run.
+    return f"""{shown_table}
+Language in nats per validation token (sections 1 and 8), recall in right answers (section 8), state of the model that was trained on
+recall, after 64 tokens. Ten million tokens and recall: **one seed**. An empty cell was not run. [docs/memory.md](../docs/memory.md) tells
+what it means.
 
 {picture}"""
 
@@ -92,42 +100,61 @@ in a window of 64 tokens; 16 values among the blanks of a window of 64 (the trai
 """ if len(passkeys) > 1 else "")
 
 
-def ten_section(done):
+def ten_section(done, figures):
     """Ten million tokens, with and without dropout, and how much better a passage is predicted the second time."""
     rows = []
     for model, options in TEN.items():
         cells, sort = [], []
         for group in ("ten", "drop"):
             result = done.get(f"{group}/{model}_{SEED}", {}).get("result")
-            best = result and min(loss for _, loss in [*result["curve"], [0, result["nats"]]])
-            cells += [shown(result and result["nats"]), shown(best), shown(result and statistics.mean(v for _, v in result["train"][-5:]))]
+            curve = [loss for _, loss in result["curve"]] if result else []
+            cells += [shown(result and result["nats"]), shown(curve[-1] - min(curve)) if curve else "",
+                      shown(result and statistics.mean(loss for _, loss in result["train"][-5:]))]
             sort.append(result["nats"] if result else 9)
         if min(sort) < 9:
-            repeated = next((done[f"{group}-recall/{model}"]["result"]["recall"]["rows"] for group in ("drop", "ten")
+            repeated = next((done[f"{group}-recall/{model}"]["result"]["recall"]["rows"] for group in ("ten", "drop")
                              if f"{group}-recall/{model}" in done), [])
-            gains = [shown(row["first"] - row["second"], 2) for row in repeated if row["distance"] in (0, 256, 1024)]
-            rows.append((sort[1], sort[0], [NAMES.get(model) or f"memory, `{options}`", *cells, *(gains or [""] * 3)]))
-    head = ["", "no dropout", "lowest", "training", "dropout 0.1", "lowest", "training", "gain, 0 between", "256", "1,024"]
+            gains = [shown(row["first"] - row["second"], 2) for row in repeated if row["distance"] in (0, 64, 1024)]
+            rows.append((*sort, [NAMES.get(model) or f"memory, `{options}`", *cells, *(gains or [""] * 3)]))
+    head = ["", "no dropout", "rise at the end", "training", "dropout 0.1", "rise", "training", "gain, 0 between", "64", "1,024"]
+
+    def draw(figure):
+        ax = figure.subplots()
+        for i, (model, options) in enumerate(TEN.items()):
+            for group, style in (("ten", "-"), ("drop", "--")):
+                if line := done.get(f"{group}/{model}_{SEED}"):
+                    curve = line["result"]["curve"]
+                    ax.plot([step * 2048 / 1e6 for step, _ in curve], [loss for _, loss in curve], style, color=f"C{i}",
+                            label=(NAMES.get(model) or options) + (", dropout 0.1" if group == "drop" else ""))
+        ax.set(xlabel="million tokens", ylabel="validation (a part of it), nats per token")
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3)
+
     return rows and f"""**Ten million tokens**: `{SIZE.replace("--eval_every 100", "--eval_every 500")} --max_steps 5000`, six passes over
-the plays, lr {", ".join(f"{LR[m]} for {NAMES[m]}" for m in ("transformer",))}, 8e-3 for the others (the rates of section 1), **one seed**. Nats per validation token at the end, the lowest on
-the way (on a part of that text), and the training loss at the end (mean of five single batches; with dropout it is that of the thinned
-model); last, how many nats per token the loss of a passage of 64 tokens falls the second time, with so many tokens in between (with
-dropout where that was run). A dropout of 0.1 was taken for all, without a sweep.
+the plays, lr {LR["transformer"]} for the Transformer and 8e-3 for the others (the rates of section 1), **one seed**. Nats per validation token; by how much
+the loss (on a part of that text) had risen at the end above its lowest; the training loss at the end (mean of five single batches; with
+dropout that of the thinned model). Last, without dropout, how many nats per token the loss of a passage of 64 tokens falls the
+second time, with so many tokens in between. Of dropouts only 0.1 was tried.
 
 {table(head, [row for *_, row in sorted(rows)])}
+{figures.draw("ten", (6.5, 4), draw, "validation loss over ten million tokens")}
 """
+
+
+def why_table(done):
+    """One part of the shared row at a time."""
+    base = over_seeds(done, "short/sparse_{}", "nats")
+    rows = [["the paper's layer", spread(base), ""]]
+    for name, path in {"shared": "changes/shared", **{name: f"why/{name}" for name in WHY}}.items():
+        if found := over_seeds(done, path + "_{}", "nats"):
+            difference = f"{found[0] - base[0]:+.3f}" if f"{path}_{SEED}" in done else ""
+            rows.append([f"`{WHY.get(name, '--shared_row')}`", spread(found), difference])
+    return table(["change", "nats per token", "difference, first seed"], rows) if len(rows) > 2 else ""
 
 
 def why_section(done):
     """Section 9; empty as long as none of it was run."""
-    base = over_seeds(done, "short/sparse_{}", "nats")
-    rows = [["the paper's layer", spread(base), ""]]
-    names = {"shared": "changes/shared", **{name: f"why/{name}" for name in WHY}}
-    for name, path in names.items():
-        if found := over_seeds(done, path + "_{}", "nats"):
-            difference = found[0] - base[0] if f"{path}_{SEED}" in done else None
-            rows.append([f"`{WHY.get(name, '--shared_row')}`", spread(found), shown(difference)])
-    if len(rows) < 3:
+    if not (parts := why_table(done)):
         return ""
     steps = []
     for name in OVER:
@@ -168,7 +195,7 @@ One part of the shared row at a time, and what might do the same without it (`{S
 lr 8e-3, 1.02 million tokens, parameters matched, mean ± standard deviation over the seeds that were run; an AMD EPYC). What each
 change is stands in [ablations.py](../variants/ablations.py). The last column is the difference to the paper's layer with seed {SEED}.
 
-{table(["change", "nats per token", "difference"], rows)}
+{parts}
 {over}{seated}    python -m experiments.run why over seated
 """
 
