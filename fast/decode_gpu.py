@@ -17,14 +17,14 @@ from kernel import MAX_D, MAX_M, step_tiles
 
 
 @triton.jit
-def add_norm_kernel(x, y, gain, wide, low, eps, d: constexpr, BD: constexpr, ADD: constexpr, LOW: constexpr):
-    """x += y; norm(x) into wide, and into low in its own dtype. One program per text."""
+def add_norm_kernel(x, y, gain, total, wide, low, eps, d: constexpr, BD: constexpr, ADD: constexpr, LOW: constexpr):
+    """total = x + y; its norm into wide, and into low in the dtype of that. One program per text."""
     b, e = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     at, mask = b * d + e, e < d
     v = tl.load(x + at, mask=mask, other=0.0)
     if ADD:
         v += tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(x + at, v, mask=mask)
+        tl.store(total + at, v, mask=mask)
     v = v * tl.rsqrt(tl.sum(v * v, 0) / d + eps) * tl.load(gain + e, mask=mask, other=0.0)
     tl.store(wide + at, v, mask=mask)
     if LOW:
@@ -73,8 +73,8 @@ def route_step_kernel(h, x, routing, y, tau, eps, m: constexpr, d: constexpr, k:
 
 
 class Layer:
-    """A block, called with the residual stream x [B, d_model] in float32 and what is still to be added to it; returns what is to
-    be added next. It changes x and h [B, m, d] in place. low: the dtype of the products."""
+    """A block, called with the residual stream x [B, d_model] in float32 and what is still to be added to it; returns both anew.
+    Changes h [B, m, d] in place. low: the dtype of the products."""
 
     def __init__(self, block, h: Tensor, eps: float, low: torch.dtype):
         memory, config = block.memory, block.memory.config
@@ -84,21 +84,22 @@ class Layer:
         self.W_i, self.W_o, self.W_down = (W.weight.to(low) for W in (memory.W_i, memory.W_o, block.mlp.W_down))
         self.W_mlp = torch.cat([block.mlp.W_gate.weight, block.mlp.W_up.weight]).to(low)
 
-    def __call__(self, x: Tensor, y: Tensor | None) -> Tensor:
-        wide, low = self.add_norm(x, y, self.memory_norm)
+    def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, wide, low = self.add_norm(x, y, self.memory_norm)
         y = self.step(F.linear(low, self.W_i), F.linear(wide, self.W_route))
-        _, low = self.add_norm(x, F.linear(y, self.W_o), self.mlp_norm)
+        x, _, low = self.add_norm(x, F.linear(y, self.W_o), self.mlp_norm)
         both = F.linear(low, self.W_mlp)
         out = both.new_empty(len(x), both.shape[1] // 2)
         silu_mul_kernel[len(x), triton.cdiv(out.shape[1], 1024)](both, out, n=out.shape[1], BLOCK=1024)
-        return F.linear(out, self.W_down)
+        return x, F.linear(out, self.W_down)
 
-    def add_norm(self, x: Tensor, y: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
-        d, wide = x.shape[1], torch.empty_like(x)
+    def add_norm(self, x: Tensor, y: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x + y, and its norm in float32 and in the dtype of the products."""
+        d, wide, total = x.shape[1], torch.empty_like(x), x if y is None else torch.empty_like(x)
         low = wide if self.low == torch.float32 else torch.empty_like(x, dtype=self.low)
-        add_norm_kernel[len(x),](x, x if y is None else y, gain, wide, low, self.eps, d=d, BD=triton.next_power_of_2(d),
+        add_norm_kernel[len(x),](x, x if y is None else y, gain, total, wide, low, self.eps, d=d, BD=triton.next_power_of_2(d),
                                  ADD=y is not None, LOW=low is not wide)
-        return wide, low
+        return total, wide, low
 
     def step(self, xbar: Tensor, routing: Tensor) -> Tensor:
         (B, m, d), k = self.h.shape, self.config.k_rows or self.config.n_rows
@@ -130,7 +131,7 @@ def fused_step(model, token: Tensor, state: list, sample: Callable, choice: tupl
         x, y = F.embedding(token, model.embed.weight), None
         with torch.autocast(kind, enabled=False):       # the layers have their dtypes
             for layer in layers:
-                y = layer(x, y)
+                x, y = layer(x, y)
         token.copy_(sample(model.head(model.norm(x + y)), *choice))
 
     return step
