@@ -175,7 +175,7 @@ def test_no_two_warps_of_the_step_hold_the_same_numbers(k, d):
 
 def pointers(kernel_source, calls):
     """The arguments of a kernel that calls of these names take as their pointer."""
-    names = {argument.arg for argument in kernel_source.args.args} - {"row0", "bc", "b", "m", "d", "k", "T", "N", "C"}
+    names = {argument.arg for argument in kernel_source.args.args} - {"row0", "bc", "b", "m", "d", "k", "n", "T", "N", "C"}
     aliases, found = {}, set()
     for node in ast.walk(kernel_source):                # p, mask = h + ..., ... makes p stand for h
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
