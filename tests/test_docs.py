@@ -50,6 +50,7 @@ def test_the_results_pages_are_what_report_writes():
     """The results page and the tables of README.md and docs/robustness.md, from the files under experiments/results/."""
     for path, text in report.pages(draw=False).items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is not what python -m experiments.report writes"
+    assert len((ROOT / "docs/memory.md").read_text(encoding="utf-8").splitlines()) <= 150
     page = (ROOT / "experiments/RESULTS.md").read_text(encoding="utf-8")
     assert all((ROOT / "experiments" / picture).is_file() for picture in re.findall(r"\]\((results/.*?)\)", page))
     known = experiments.experiments()
