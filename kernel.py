@@ -343,7 +343,6 @@ class Launcher:
         self.C, self.N = t["C"], -(-self.T // t["C"])
         self.MB, self.DB = -(-self.m // t["BM"]), -(-self.d // t["BD"])
         self.low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-
         self.grids = {states_kernel: (self.B, self.MB, self.DB), read_kernel: (self.B * self.N, self.DB), carry_kernel: (self.B,)}
 
     def __call__(self, name: str, *args):
@@ -414,8 +413,8 @@ scan_backward = torch.library.custom_op("fmem::scan_backward", backward, mutates
 
 @scan.register_fake
 def _(theta, phi, x, h0, eps, recompute):
-    kept = (v.new_empty(0) if recompute else v for v in room(Launcher(theta, x), theta))
-    return torch.empty_like(x), torch.empty_like(h0), *kept
+    theta, x, h0 = (v.new_empty(v.shape) for v in (theta, x, h0))              # contiguous, as all that the kernels get
+    return x, h0, *(v.new_empty(0) if recompute else v for v in room(Launcher(theta, x), theta))
 
 
 @scan_backward.register_fake

@@ -69,8 +69,10 @@ def test_kernels_are_one_node_for_the_compiler_and_take_strided_inputs():
         got = with_gradients(form, given, torch.float32)
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     inputs = [v.float().to(DEVICE) for v in scan_inputs(T=9, m=16, d=16)]       # the operator itself takes these only
+    strided = [v.mT.contiguous().mT for v in inputs]
     for recompute in (False, True):
-        torch.library.opcheck(kernel.scan, (*inputs, 1e-5, recompute), test_utils=("test_schema", "test_faketensor"))
+        for given in (inputs, strided):
+            torch.library.opcheck(kernel.scan, (*given, 1e-5, recompute), test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_triton
