@@ -2,7 +2,7 @@
 
 The residual stream is added to and normed in one kernel; the affinities are chosen, renormalised and used where the memory's rows
 are read and written, in another; W_alpha, w_eta and w_mu are one matrix, in float32 as in training, W_gate and W_up another.
-graph.py records this step, and takes it only if its tokens are those of single steps.
+graph.py records this step, and takes it only if its logits are those of single steps.
 """
 from collections.abc import Callable
 
@@ -37,7 +37,8 @@ def silu_mul_kernel(both, out, n: constexpr, BLOCK: constexpr):
     b, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(both + b * 2 * n + i, mask=i < n, other=0.0).to(tl.float32)
     up = tl.load(both + b * 2 * n + n + i, mask=i < n, other=0.0).to(tl.float32)
-    tl.store(out + b * n + i, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=i < n)
+    silu = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)     # rounded as PyTorch rounds it
+    tl.store(out + b * n + i, (silu * up).to(out.dtype.element_ty), mask=i < n)
 
 
 @triton.jit
@@ -113,9 +114,10 @@ class Layer:
         return y.sum(0).to(xbar.dtype) if parts > 1 else y[0]
 
 
-def fused_step(model, token: Tensor, state: list, sample: Callable, choice: tuple) -> Callable[[], None] | None:
-    """A function that does what `token.copy_(sample(model(token, state)[0], *choice))` does, up to rounding, and moves the state
-    on in place. None for other layers than the paper's, weights not in float32, and shapes that the kernels are not built for."""
+def fused_step(model, token: Tensor, state: list, sample: Callable, choice: tuple) -> Callable[[], Tensor] | None:
+    """A function that does what `token.copy_(sample(model(token, state)[0], *choice))` does, up to rounding, moves the state on
+    in place, and returns the logits. None for other layers than the paper's, weights not in float32, and shapes that the kernels
+    are not built for."""
     config = model.config
     plain = all(type(block.memory).__name__ == "FactorizationMemory" for block in model.blocks) and not model.training
     too_large = config.n_rows > MAX_M or max(config.d_model, config.d_memory) > MAX_D
@@ -132,6 +134,8 @@ def fused_step(model, token: Tensor, state: list, sample: Callable, choice: tupl
         with torch.autocast(kind, enabled=False):       # the layers have their dtypes
             for layer in layers:
                 x, y = layer(x, y)
-        token.copy_(sample(model.head(model.norm(x + y)), *choice))
+        logits = model.head(model.norm(x + y))
+        token.copy_(sample(logits, *choice))
+        return logits
 
     return step

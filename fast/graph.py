@@ -26,6 +26,7 @@ def record_step(model, token: Tensor, state: list, sample: Callable, choice: tup
     def plain():
         logits, _ = model(token, state)
         token.copy_(sample(logits, *choice))
+        return logits
 
     def restore():
         """The trial steps have not happened."""
@@ -35,32 +36,38 @@ def record_step(model, token: Tensor, state: list, sample: Callable, choice: tup
         for generator, then in zip(generators, randomness[1], strict=True):
             generator.set_state(then)
 
-    graph = None
+    replay = None
     # Autocast's cache of narrow weights would be freed with its context, and the graph would read what comes after them.
     narrow = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
+    tolerance = 0.1 if narrow["enabled"] else 1e-3      # a few roundings of bf16, in each of many layers; a mistake is of size 1
     with torch.autocast("cuda", cache_enabled=False, **narrow):
-        for name, step in (("fused step", fused(model, token, state, sample, choice)), ("CUDA graph for the steps", plain)):
-            if not step or graph:
-                continue
+        for name, make in (("fused step", lambda: fused(model, token, state, sample, choice)),
+                           ("CUDA graph for the steps", lambda: plain)):
+            if replay:
+                break
             try:
-                graph = record(step, token, generators)
-                if WANTED and not same_tokens(plain, graph.replay, token, restore):
-                    graph = None
+                step = make()
+                if step is None:
+                    continue
+                replay = record(step, token, generators)
+                if WANTED and step is plain and not same_tokens(plain, replay, token, restore):
                     raise RuntimeError("its first tokens are not those of single steps")
+                if WANTED and step is not plain and not same_logits(plain, replay, token, restore, tolerance):
+                    raise RuntimeError("its first logits are not those of single steps")
             except Exception as e:                      # Triton's errors are no RuntimeErrors
-                why = (str(e).strip() or type(e).__name__).splitlines()[0]
+                replay, why = None, (str(e).strip() or type(e).__name__).splitlines()[0]
                 print(f"fmem: no {name}: {why}", file=sys.stderr)
             restore()
 
-    def replay():
-        graph.replay()
+    def next_token():
+        replay()
         return token.clone()
 
-    return replay if graph else None
+    return next_token if replay else None
 
 
-def record(step: Callable, token: Tensor, generators: list) -> torch.cuda.CUDAGraph:
-    """The launches of a step, which draws from the generators, as a graph."""
+def record(step: Callable, token: Tensor, generators: list) -> Callable[[], Tensor]:
+    """The launches of a step, which draws from the generators, as a graph: a function that replays it and returns its logits."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(token.device)
     for generator in generators:
         graph.register_generator_state(generator)
@@ -70,17 +77,26 @@ def record(step: Callable, token: Tensor, generators: list) -> torch.cuda.CUDAGr
             step()
     torch.cuda.current_stream(token.device).wait_stream(side)
     with torch.cuda.graph(graph):
-        step()
-    return graph
+        logits = step()
+
+    def replay():
+        graph.replay()
+        return logits
+
+    return replay
 
 
-def fused(*arguments) -> Callable[[], None] | None:
-    """`fused_step` of decode_gpu.py; None without Triton."""
+def fused(model, token: Tensor, *arguments) -> Callable[[], Tensor] | None:
+    """`fused_step` of decode_gpu.py; None where the Triton kernels do not run or are not trusted."""
+    from . import choose
+    config = model.config
+    if token.is_cuda and choose(config.scan, token.device, config.n_rows, config.d_memory)[0] != "kernel":
+        return None
     try:
         from .decode_gpu import fused_step
     except ImportError:
         return None
-    return fused_step(*arguments)
+    return fused_step(model, token, *arguments)
 
 
 def same_tokens(step: Callable, replay: Callable, token: Tensor, restore: Callable, n: int = 8) -> bool:
@@ -92,3 +108,16 @@ def same_tokens(step: Callable, replay: Callable, token: Tensor, restore: Callab
             one()
             made.append(token.clone())
     return all(map(torch.equal, made[:n], made[n:]))
+
+
+def same_logits(step: Callable, replay: Callable, token: Tensor, restore: Callable, tolerance: float, n: int = 8) -> bool:
+    """Whether n replays have the logits of single steps with the same tokens, to a share of the largest. Their tokens may differ:
+    what is computed in another order is rounded in another way, and where two tokens are as likely that decides."""
+    restore()
+    made = [(token.clone(), step().float().clone()) for _ in range(n)]
+    restore()
+    for given, want in made:
+        token.copy_(given)
+        if not (replay().float() - want).abs().max() <= tolerance * want.abs().max():       # NaN is no likeness
+            return False
+    return True

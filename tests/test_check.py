@@ -168,6 +168,26 @@ def test_a_recorded_step_is_compared_with_single_ones(fault):
     assert graph.same_tokens(step, lambda: step(fault), token, restore) == (fault is None)
 
 
+@pytest.mark.parametrize("fault", [None, "another token", "other logits", "nan", "a state left as it was"])
+def test_a_step_computed_in_another_way_is_compared_by_its_logits(fault):
+    """It may choose other tokens, but has to have the same logits for the same tokens."""
+    token, state = torch.tensor([3]), torch.tensor([1])
+
+    def step(wrong=None):
+        logits = torch.arange(7.0) * (token + state)
+        token.copy_((token * 5 + state) % 97 + (wrong == "another token"))
+        if wrong != "a state left as it was":
+            state.add_(1)
+        return logits * {"other logits": 1.01, "nan": torch.nan}.get(wrong, 1.0005)
+
+    def restore():
+        token.fill_(3)
+        state.fill_(1)
+
+    right = graph.same_logits(step, lambda: step(fault), token, restore, 1e-3)
+    assert right == (fault in (None, "another token"))
+
+
 ROUNDED = {torch.bfloat16: "{0}.to(tl.bfloat16).to(tl.float32)",
            # TF32 has 10 of the 23 bits; cut off rather than rounded, which is the worst that a GPU may do
            torch.float16: "({0}.to(tl.float32).to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)"}
