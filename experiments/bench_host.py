@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -59,7 +60,10 @@ def main(argv=None):
     for name, seconds in found.items():
         print(f"{name:9} {1e6 * seconds:6.1f} us per layer, forward and backward")
     if a.json:
-        a.json.write_text(json.dumps({k: round(v, 7) for k, v in found.items()}) + "\n", encoding="utf-8")
+        try:
+            a.json.write_text(json.dumps({k: round(v, 7) for k, v in found.items()}) + "\n", encoding="utf-8")
+        except OSError as e:
+            sys.exit(f"experiments.bench_host: error: {one_line(e)}")
 
 
 if __name__ == "__main__":

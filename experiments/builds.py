@@ -107,7 +107,10 @@ def main(argv=None):
         except (ImportError, OSError, subprocess.CalledProcessError, ValueError) as e:
             sys.exit(f"experiments.builds: error: {one_line(e)}")
     if a.json:
-        a.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        try:
+            a.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        except OSError as e:
+            sys.exit(f"experiments.builds: error: {one_line(e)}")
 
 
 if __name__ == "__main__":

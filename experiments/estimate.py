@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -184,7 +185,10 @@ def main(argv=None):
     found = estimates()
     print(*tables(found), sep="\n")
     if a.json:
-        a.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        try:
+            a.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as e:
+            sys.exit(f"experiments.estimate: error: {one_line(e)}")
 
 
 if __name__ == "__main__":

@@ -150,6 +150,9 @@ def test_the_time_of_the_host_is_measured_without_launches(tmp_path, capsys, mon
     assert kernel.Launcher.__call__.__name__ == "__call__"
     with pytest.raises(SystemExit):
         bench_host.main(["--repeats", "0"])
+    for program in (bench_host, estimate):
+        with pytest.raises(SystemExit, match=r"error: .*No such file"):
+            program.main(["--json", str(tmp_path / "none/a.json"), *(["--repeats", "1"] if program is bench_host else [])])
     committed = json.loads((ROOT / "experiments/results/host.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     assert f"takes {1e6 * committed['function']:.0f} us" in page and f"({1e6 * committed['operator']:.0f} as an operator" in page

@@ -333,6 +333,7 @@ def test_ablations_of_what_a_text_starts_with_and_of_noise():
     (dict(ablation="untied=1"), "untied"),
     (dict(ablation="shared"), "shared=write"), (dict(ablation="shared=3"), "shared=write"), (dict(ablation="gumbel="), "gumbel"),
     (dict(ablation="average", k_rows=8), "at most n_rows - 1"), (dict(ablation="shared=2", k_rows=7), "at most n_rows - 2"),
+    (dict(ablation="shared=bias", n_rows=1, k_rows=None), "at least 2 rows"),
     (dict(ablation="tau=1"), "not one of"), (dict(d_state=0), "d_state"),
     (dict(mixer="mamba2", d_state=9999), "set d_mlp"), (dict(shared_row=True, k_rows=8), "k_rows must be below"),
     (dict(shared_row=1), "shared_row"), (dict(shift="yes"), "shift"), (dict(read_rank=-1), "read_rank"),

@@ -67,6 +67,8 @@ class AblatedMemory(ExtendedMemory):
             self.W_read = nn.Linear(config.d_model, config.n_rows, bias=False)
         if self.change == "learned_rows":
             self.rows = nn.Parameter(torch.empty(config.n_rows, config.d_memory))
+        if self.shared and config.n_rows < 2:
+            raise ValueError(f"ablation {config.ablation} needs at least 2 rows, not {config.n_rows}")
         if self.shared == "bias":
             self.bias = nn.Parameter(torch.empty(()))
         elif self.shared:
