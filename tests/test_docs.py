@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import re
+import statistics
 
 import pytest
 import torch
@@ -50,7 +51,12 @@ def test_the_results_pages_are_what_report_writes():
     """The results page and the tables of README.md and docs/robustness.md, from the files under experiments/results/."""
     for path, text in report.pages(draw=False).items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is not what python -m experiments.report writes"
-    assert len((ROOT / "docs/memory.md").read_text(encoding="utf-8").splitlines()) <= 150
+    memory, done = (ROOT / "docs/memory.md").read_text(encoding="utf-8"), experiments.results()
+    assert len(memory.splitlines()) <= 150
+    nats = {name: [done[f"changes/{name}_{seed}"]["result"]["nats"] for seed in seeds]
+            for name, seeds in (("shared+conv", experiments.SEEDS), ("conv", experiments.SEEDS[:1]))}
+    assert f"{statistics.mean(nats['shared+conv']):.3f} nats, the mean of three seeds" in memory
+    assert f"the convolution alone has {nats['conv'][0]:.3f}" in memory
     page = (ROOT / "experiments/RESULTS.md").read_text(encoding="utf-8")
     assert all((ROOT / "experiments" / picture).is_file() for picture in re.findall(r"\]\((results/.*?)\)", page))
     known = experiments.experiments()
