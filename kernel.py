@@ -124,13 +124,13 @@ def products_kernel(v, x, states, states2, S, K, rowdot, T, N, m: constexpr, d: 
         e = start + tl.arange(0, BD)
         V, H = tile(v, row0, t, e, left, d), tile_T(states, bc * m, i, e, m, d)
         s_acc = dot(V, H, s_acc, OPERAND, PRECISION)
-        if GRAM and first:                                                  # the same for all blocks: one makes it
+        if GRAM:
             k_acc = dot(V, tile_T(x, row0, t, e, left, d), k_acc, OPERAND, PRECISION)
         if ROWDOT:
             r_acc += tl.sum(H.to(tl.float32) * tile_T(states2, bc * m, i, e, m, d).to(tl.float32), 0)
     put(S, row0, t, i, left, m, s_acc)
-    if GRAM and first:
-        put(K, bc * C, t, t, C, C, k_acc)
+    if GRAM:
+        put(K, bc * C, t, t, tl.where(first, C, 0), C, k_acc)               # the same in all of them: one stores it
     if ROWDOT:
         tl.store(rowdot + bc * m + i, r_acc, mask=i < m)
 
