@@ -69,9 +69,9 @@ def place(T, N, m: constexpr, C: constexpr, BM: constexpr, rows, tokens):
     """A program's chunk, counted over all texts; its block of rows; `tokens`; the chunk's first token; tokens left from there on.
     Programs of one chunk follow each other: its x is still in the L2 cache."""
     blocks: constexpr = (m + BM - 1) // BM
-    program = tl.program_id(0).to(tl.int64)
-    bc, im = program // blocks, (program % blocks).to(tl.int32)
-    return bc, im * BM + rows, tokens, bc // N * T + bc % N * C, T - bc % N * C
+    bc, im = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    b, c = (bc // N).to(tl.int64), bc % N
+    return bc.to(tl.int64), im * BM + rows, tokens, b * T + c * C, T - c * C
 
 
 @triton.jit
@@ -118,7 +118,6 @@ def products_kernel(v, x, states, states2, S, K, rowdot, T, N, m: constexpr, d: 
                     BD: constexpr, GRAM: constexpr, ROWDOT: constexpr, OPERAND: constexpr, PRECISION: constexpr):
     """Inner products of each chunk: S = v states^T; GRAM: K = v x^T; ROWDOT: <states[i], states2[i]> of each row."""
     bc, i, t, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
-    first = tl.program_id(0) % tl.cdiv(m, BM) == 0
     s_acc, k_acc, r_acc = tl.zeros([C, BM], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([BM], tl.float32)
     for start in range(0, d, BD):
         e = start + tl.arange(0, BD)
@@ -129,8 +128,8 @@ def products_kernel(v, x, states, states2, S, K, rowdot, T, N, m: constexpr, d: 
         if ROWDOT:
             r_acc += tl.sum(H.to(tl.float32) * tile_T(states2, bc * m, i, e, m, d).to(tl.float32), 0)
     put(S, row0, t, i, left, m, s_acc)
-    if GRAM:
-        put(K, bc * C, t, t, tl.where(first, C, 0), C, k_acc)               # the same in all of them: one stores it
+    if GRAM:                                                                # the same for all blocks of rows: one stores it
+        put(K, bc * C, t, t, tl.where(tl.program_id(0) % tl.cdiv(m, BM) == 0, C, 0), C, k_acc)
     if ROWDOT:
         tl.store(rowdot + bc * m + i, r_acc, mask=i < m)
 
