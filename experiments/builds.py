@@ -28,9 +28,9 @@ def tool(name):
     return Path(triton.__file__).parent / "backends/nvidia/bin" / name
 
 
-def build(capability, dtype, m, d):
-    """Compile every kernel for a shape: yields {"kernel", "registers", "spilled", "shared", ...}. Needs TRITON_INTERPRET unset, a
-    folder TRITON_CACHE_DIR, and no GPU."""
+def build(capability, dtype, m, d, generation=True):
+    """Compile every kernel for a shape, those of fast/decode_gpu.py if generation: yields ({"kernel", "registers", "spilled",
+    "shared", ...}, file of the machine code). Needs TRITON_INTERPRET unset, a folder TRITON_CACHE_DIR, and no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -45,10 +45,12 @@ def build(capability, dtype, m, d):
     wide = {"x": "*fp32", "y": name[dtype], "low": name[dtype], "both": name[dtype]}
     step = dict(m=m, d=d, k=m // 4, DENSE=False, **kernel.step_tiles(1, m // 4, d))
     BM, BD = triton.next_power_of_2(m), triton.next_power_of_2(d)
-    others = {"step": (kernel.step_kernel, step),
-              "add_norm": (decode_gpu.add_norm_kernel, dict(d=d, BD=BD, ADD=True, LOW=dtype != torch.float32, num_warps=4)),
-              "silu_mul": (decode_gpu.silu_mul_kernel, dict(n=d, BLOCK=1024, num_warps=4)),
-              "route_step": (decode_gpu.route_step_kernel, dict(m=m, d=d, k=max(m // 4, 1), BM=BM, **kernel.step_tiles(1, m, d)))}
+    others = {"step": (kernel.step_kernel, step)}
+    if generation:
+        route = dict(m=m, d=d, k=max(m // 4, 1), BM=BM, **kernel.step_tiles(1, m, d))
+        others |= {"add_norm": (decode_gpu.add_norm_kernel, dict(d=d, BD=BD, ADD=True, LOW=dtype != torch.float32, num_warps=4)),
+                   "silu_mul": (decode_gpu.silu_mul_kernel, dict(n=d, BLOCK=1024, num_warps=4)),
+                   "route_step": (decode_gpu.route_step_kernel, route)}
     for label, (function, options) in {**kernel.launches(m, d, dtype), **others}.items():
         launch = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
         constants = {k: v for k, v in options.items() if k not in launch}

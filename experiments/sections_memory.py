@@ -37,8 +37,8 @@ def headline_table(done):
         nats = [value(done, f"{group}/{ten}_{SEED}", "nats") for group in ("ten", "drop")]
         rows.append([name, spread(over_seeds(done, short + "_{}", "nats")), *map(shown, nats),
                      *("" if share is None else f"{100 * share:.1f}" for share in tasks.values()), shown(kib, 0)])
-        if None not in (nats[0], kib, *tasks.values()):
-            points.append((name, nats[0], statistics.mean(tasks.values()), kib))
+        if None not in (nats[0], kib, tasks["mqar"], tasks["repeat"]):
+            points.append((name, nats[0], (tasks["mqar"] + tasks["repeat"]) / 2, kib))
     head = ["model", "1 million tokens, three seeds", "10 million", "the same, dropout 0.1", "MQAR, best rate, %",
             *(f"{task}, %" for task in MORE_TASKS), "state, KiB"]
     return table(head, rows), points
@@ -55,7 +55,7 @@ def headline(done, figures):
             ax.annotate(f"{name}, {kib:.0f} KiB", (nats, 100 * right), fontsize=8, xytext=(0, 10), textcoords="offset points",
                         ha="center")
         ax.set(xlabel="language, nats per token after ten million tokens, no dropout (left is better)", ylim=(0, 115),
-               ylabel="recall, right answers in %, mean of three tasks")
+               ylabel="recall, right answers in %, mean of MQAR and repeat")
         ax.margins(x=0.3)
         ax.grid(alpha=0.3)
 

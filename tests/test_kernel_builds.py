@@ -18,7 +18,7 @@ if triton and triton.__version__.startswith("3.2."):
 
 def shapes(capability):
     """What is compiled: everything for sm_90; for the others everything with FMEM_SLOW, else a shape for each dtype and the
-    largest."""
+    largest, without the kernels of generation."""
     return SHIPPED if SLOW or capability == 90 else [shape for shape in SHIPPED if shape[1] in (64, 512)]
 
 
@@ -26,7 +26,7 @@ def compile_kernels(*capabilities):
     """Prints a line of JSON for every kernel and shape."""
     for capability in capabilities:
         for dtype, m, d in shapes(capability):
-            for row, _ in build(capability, dtype, m, d):
+            for row, _ in build(capability, dtype, m, d, generation=SLOW or capability == 90):
                 print(json.dumps(row))
 
 
@@ -47,7 +47,8 @@ def test_kernels_compile_without_spills_in_99_kb(builds):
     process, folder = builds
     assert process.wait() == 0, (folder / "err").read_text()
     rows = [json.loads(line) for line in (folder / "out").read_text().splitlines()]
-    assert Counter(row["capability"] for row in rows) == {c: 17 * len(shapes(c)) for c in CAPABILITIES}
+    assert Counter(row["capability"] for row in rows) == {c: (17 if SLOW or c == 90 else 14) * len(shapes(c))
+                                                          for c in CAPABILITIES}
     # Triton 3.9 spills nothing. A program can have 99 KB of shared memory on all but sm_100, which has 227.
     assert not [row for row in rows if row["spilled"] > 8 or row["registers"] > 65536
                 or row["shared"] > (227 if row["capability"] == 100 else 99) * 1024]
