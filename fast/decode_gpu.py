@@ -50,11 +50,13 @@ def route_step_kernel(h, x, routing, y, tau, eps, m: constexpr, d: constexpr, k:
     logits = tl.load(routing + b * (m + 2) + i, mask=i < m, other=-float("inf")) / tau
     eta, mu = tl.load(routing + b * (m + 2) + m), tl.load(routing + b * (m + 2) + m + 1)
     alpha = tl.exp(logits - tl.max(logits, 0))
-    chosen = i < m
-    if k < m:                                           # of rows with the same affinity as the k-th the first ones
-        kth = tl.min(tl.where(i < k, tl.sort(logits, descending=True), float("inf")), 0)
-        above, equal = logits > kth, (logits == kth).to(tl.int32)
-        chosen = above | ((equal > 0) & (tl.cumsum(equal, 0) <= k - tl.sum(above.to(tl.int32), 0)))
+    rank = tl.zeros([BM], tl.int32)                     # rows that come before this one; of equal ones the first
+    for start in range(0, m, 16):
+        j = start + tl.arange(0, 16)
+        other = tl.load(routing + b * (m + 2) + j, mask=j < m, other=-float("inf")) / tau
+        before = (other[None, :] > logits[:, None]) | ((other[None, :] == logits[:, None]) & (j[None, :] < i[:, None]))
+        rank += tl.sum(before.to(tl.int32), 1)
+    chosen = (i < m) & (rank < k)
     alpha = tl.where(chosen, alpha, 0.0)
     alpha = alpha / tl.sum(alpha, 0)
     theta, phi = alpha / (1 + tl.exp(-eta)), alpha / (1 + tl.exp(-mu))
