@@ -49,6 +49,6 @@ def test_kernels_compile_without_spills_in_99_kb(builds):
     rows = [json.loads(line) for line in (folder / "out").read_text().splitlines()]
     assert Counter(row["capability"] for row in rows) == {c: (17 if SLOW or c == 90 else 14) * len(shapes(c))
                                                           for c in CAPABILITIES}
-    # Triton 3.9 spills nothing. A program can have 99 KB of shared memory on all but sm_100, which has 227.
-    assert not [row for row in rows if row["spilled"] > 8 or row["registers"] > 65536
+    # Triton 3.9 spills 16 bytes at most. A program can have 99 KB of shared memory on all but sm_100, which has 227.
+    assert not [row for row in rows if row["spilled"] > 16 or row["registers"] > 65536
                 or row["shared"] > (227 if row["capability"] == 100 else 99) * 1024]
