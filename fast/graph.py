@@ -63,6 +63,7 @@ def record_step(model, token: Tensor, state: list, sample: Callable, choice: tup
         replay()
         return token.clone()
 
+    next_token.step = step          # the graph reads the weights that a fused step has joined: they have to live as long
     return next_token if replay else None
 
 

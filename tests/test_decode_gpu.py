@@ -1,5 +1,7 @@
 """fast/decode_gpu.py in Triton's interpreter: a step of the whole model in few launches, and when it is taken."""
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -165,3 +167,23 @@ def test_which_step_is_recorded(fault, monkeypatch, capfd):
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == {"none": 0, "fused is wrong": 1, "fused fails": 1, "both are wrong": 2}[fault]
     assert all(line.startswith("fmem: no fused step: ") for line in lines[:1])
+
+
+@needs_triton
+def test_the_joined_weights_live_as_long_as_the_graph(monkeypatch):
+    """A graph keeps no tensor alive: it would read memory that others have by then."""
+    from fast import decode_gpu
+    model, tokens = model_of()
+    layers, init = [], decode_gpu.Layer.__init__
+    monkeypatch.setattr(decode_gpu.Layer, "__init__", lambda self, *a: init(self, *a) or layers.append(weakref.ref(self)))
+    monkeypatch.setattr(graph, "record", lambda step, token, generators: lambda: torch.zeros(3, 50))
+    monkeypatch.setattr(graph, "WANTED", False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    with torch.no_grad():
+        step = graph.record_step(model, tokens[:, 5], model(tokens[:, :5])[1], lambda logits, _: logits.argmax(-1), (None,))
+    gc.collect()
+    assert len(layers) == 2 and all(layer() is not None for layer in layers)
+    del step
+    gc.collect()
+    assert all(layer() is None for layer in layers)
