@@ -3,21 +3,20 @@
 The shape of the CPU preset, with weights that were never trained, one text and eight; everything is alternated within one
 process, medians are compared. Writes experiments/results/decode.json. Nothing else should be running.
 """
-import argparse
 import platform
 from pathlib import Path
 
 import torch
 
 import fast
-from data.token_files import write_json
+from experiments.command import parser, save
 from experiments.timing import clock, show_beside
 from fmem import copy_state, sample
 from variants.build import ModelConfig, build
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m experiments.bench_decode", description="The joined step against single calls.")
+    p = parser("bench_decode", "The joined step against single calls.")
     p.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results/decode.json")
     p.add_argument("--tokens", type=int, default=100, help="per repetition (default: 100)")
     a = p.parse_args(argv)
@@ -40,7 +39,7 @@ def main(argv=None):
                 times = clock(runs, 9, torch.device("cpu"))
             found["speedup"][f"{B}, {name}"] = round(times["single calls"][0] / times["joined"][0], 2)
             print(f"B {B}, {name}, {a.tokens} tokens: {show_beside(times, 'single calls')}", flush=True)
-    write_json(a.out, found)
+    save("bench_decode", a.out, found)
 
 
 if __name__ == "__main__":

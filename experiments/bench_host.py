@@ -4,18 +4,15 @@ The launches are left out, and the tensors small and on the CPU, so this needs n
 and Python take to check, allocate and differentiate, for a layer in a chain of them, forward and backward; as the function that
 is used without torch.compile, and as the operator that it takes. They are alternated; medians of five rounds.
 """
-import argparse
 import contextlib
-import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from data.messages import one_line
+from experiments.command import parser, save
 
 
 def seconds_per_layer(operator, repeats, B=1, T=32, m=16, d=16):
@@ -45,9 +42,7 @@ def seconds_per_layer(operator, repeats, B=1, T=32, m=16, d=16):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m experiments.bench_host", description="The host's time for a scan.",
-                                allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"experiments.bench_host: error: {one_line(message)}; --help lists the options\n")
+    p = parser("bench_host", "The host's time for a scan.")
     p.add_argument("--repeats", type=int, default=100)
     p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
     a = p.parse_args(argv)
@@ -59,11 +54,7 @@ def main(argv=None):
     found = dict(zip(("function", "operator"), map(statistics.median, zip(*rounds, strict=True)), strict=True))
     for name, seconds in found.items():
         print(f"{name:9} {1e6 * seconds:6.1f} us per layer, forward and backward")
-    if a.json:
-        try:
-            a.json.write_text(json.dumps({k: round(v, 7) for k, v in found.items()}) + "\n", encoding="utf-8")
-        except OSError as e:
-            sys.exit(f"experiments.bench_host: error: {one_line(e)}")
+    save("bench_host", a.json, {k: round(v, 7) for k, v in found.items()})
 
 
 if __name__ == "__main__":

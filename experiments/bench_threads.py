@@ -4,7 +4,6 @@ Trains the CPU preset for some steps with `--threads auto` and with one thread f
 one core busy, and alone. Takes the median speed of the log after the first part of each run; prints the ratios and writes
 experiments/results/threads.json. Nothing else should be running.
 """
-import argparse
 import csv
 import json
 import os
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from data.messages import one_line
-from data.token_files import write_json
+from experiments.command import parser, save
 
 HERE = Path(__file__).resolve().parent
 
@@ -37,7 +36,7 @@ def speed(threads, steps):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m experiments.bench_threads", description="Training beside another busy program.")
+    p = parser("bench_threads", "Training beside another busy program.")
     p.add_argument("--steps", type=int, default=45, help="of each run (default: 45)")
     p.add_argument("--rounds", type=int, default=3, help="of all runs in turn (default: 3)")
     p.add_argument("--out", type=Path, default=HERE / "results/threads.json")
@@ -57,7 +56,7 @@ def main(argv=None):
         ratios = [x / y for x, y in zip(found[place]["auto"], found[place]["all"], strict=True)]
         found[place]["ratio"] = round(statistics.median(ratios), 2)
         print(f"{place}: auto is {found[place]['ratio']} times as fast", flush=True)
-    write_json(a.out, found)
+    save("bench_threads", a.out, found)
     print(json.dumps(found))
 
 

@@ -4,8 +4,6 @@ Prints, for bf16, m 64 and d 1024 on sm_90 (or --capability N), of each kernel: 
 memory, and how many instructions its code has, of them shuffles between threads, barriers, tensor core products, accesses to
 memory and to shared memory. The recurrences (mix, mix_back, rows, theta) run their loop once per token of a chunk.
 """
-import argparse
-import json
 import os
 import re
 import subprocess
@@ -16,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data.messages import one_line
+from experiments.command import parser, save
 
 KINDS = {"shuffles": "SHFL", "barriers": "BAR", "products": "HGMMA|HMMA|WGMMA", "memory": "LDG|STG|LDGSTS",
          "in shared": "LDS|STS|LDSM"}
@@ -90,9 +89,7 @@ def instructions(binary):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m experiments.builds", description="What the kernels are compiled to.",
-                                allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"experiments.builds: error: {one_line(message)}; --help lists the options\n")
+    p = parser("builds", "What the kernels are compiled to.")
     p.add_argument("--capability", type=int, default=90, help="of the GPU: 80, 89, 90, 100, 120 (default: 90)")
     p.add_argument("--m", type=int, default=64)
     p.add_argument("--d", type=int, default=1024)
@@ -108,11 +105,7 @@ def main(argv=None):
                     print("  ".join(f"{word!s:>11}" for word in words), flush=True)
         except (ImportError, OSError, subprocess.CalledProcessError, ValueError) as e:
             sys.exit(f"experiments.builds: error: {one_line(e)}")
-    if a.json:
-        try:
-            a.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        except OSError as e:
-            sys.exit(f"experiments.builds: error: {one_line(e)}")
+    save("builds", a.json, rows)
 
 
 if __name__ == "__main__":

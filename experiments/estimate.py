@@ -6,19 +6,17 @@ which follows a time on an H100. And the GPU preset of train.py on three cards: 
 
 What is assumed stands below as constants. `python -m experiments.gpu` measures the same on a GPU.
 """
-import argparse
 import contextlib
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.messages import one_line
+from experiments.command import parser, save
 from experiments.tables import table
 from training.device import flops_per_token
 from training.options import PRESETS
@@ -76,27 +74,22 @@ def launched(B, T, d, m, C=None):
     return calls[:n], calls[n:]
 
 
-def chunk_length(d, m):
-    import kernel
-    return kernel.tiles(m, d, torch.bfloat16)["C"]
-
-
 def scan_seconds(card, code, B, T, d, m):
-    """(rows of a table, seconds forward, seconds backward) of the scan on a card. code: {kernel: what it is compiled to}."""
+    """(forward, backward): a row for each launch of the scan, with its estimate. code: {kernel: what it is compiled to}."""
+    forward, backward = launched(B, T, d, m)
+    import kernel
     bandwidth, peak, processors, clock, _ = CARDS[card]
-    rows, totals = [], []
-    for calls in launched(B, T, d, m):
-        total = 0.0
-        for name, moved, flops, programs in calls:
-            bounds = {"memory": moved / bandwidth / BANDWIDTH, "products": flops / peak / PRODUCTS}
-            if name in SERIAL:
-                warps = programs * code[name]["warps"] / (4 * processors)
-                bounds["instructions"] = code[name]["all"] * chunk_length(d, m) * max(warps, LATENCY) / clock
-            seconds = START + max(bounds.values())
-            total += seconds
-            rows.append(dict(kernel=name, bytes=moved, flops=flops, bound=max(bounds, key=bounds.get), seconds=seconds))
-        totals.append(total)
-    return rows, *totals
+    C = kernel.tiles(m, d, torch.bfloat16)["C"]
+
+    def row(name, moved, flops, programs):
+        bounds = {"memory": moved / bandwidth / BANDWIDTH, "products": flops / peak / PRODUCTS}
+        if name in SERIAL:
+            warps = programs * code[name]["warps"] / (4 * processors)
+            bounds["instructions"] = code[name]["all"] * C * max(warps, LATENCY) / clock
+        bound = max(bounds, key=bounds.get)
+        return dict(kernel=name, bytes=moved, flops=flops, bound=bound, seconds=START + bounds[bound])
+
+    return [row(*call) for call in forward], [row(*call) for call in backward]
 
 
 class Launches(TorchDispatchMode):
@@ -131,9 +124,9 @@ def preset_on(card, code, vocab_size=1025):
     config = ModelConfig(vocab_size=vocab_size, **{k: preset[k] for k in ("n_layer", "d_model", "n_rows", "k_rows")})
     B, T, d, layers = preset["batch_size"], preset["context"], config.d_model, config.n_layer
     tokens, N = B * T, n_parameters(config)
-    _, forward, backward = scan_seconds(card, code, B, T, d, config.n_rows)
+    scan = sum(row["seconds"] for rows in scan_seconds(card, code, B, T, d, config.n_rows) for row in rows)
     kept, logits = PER_TOKEN_AND_LAYER * d * layers * tokens, tokens * vocab_size * (2 + 4 + 4)
-    parts = {"products": 6 * N * tokens / peak / PRODUCTS, "scan": layers * (forward + backward),
+    parts = {"products": 6 * N * tokens / peak / PRODUCTS, "scan": layers * scan,
              # what is kept is written once and read twice; each parameter's 16 bytes are read and written
              "other": (3 * (kept + logits) + 32 * N) / bandwidth / BANDWIDTH}
     n = launches_of_a_step(preset)
@@ -146,7 +139,7 @@ def preset_on(card, code, vocab_size=1025):
 
 def tables(found):
     """The Markdown of docs/speed.md, from what --json wrote."""
-    rows = [[r["kernel"], f"{r['bytes_before'] / 1e6:,.0f}" if r["bytes_before"] else "", f"{r['bytes'] / 1e6:,.0f}",
+    rows = [[r["kernel"], f"{r['bytes_before'] / 1e6:,.0f}", f"{r['bytes'] / 1e6:,.0f}",
              f"{r['flops'] / 1e9:.1f}", r["bound"], f"{1e6 * r['seconds']:.0f}"] for r in found["kernels"]]
     for way in ("forward", "backward"):
         rows.append([f"**{way}**", *(f"**{found[way][key] / 1e6:,.0f}**" for key in ("bytes_before", "bytes")), "", "",
@@ -161,34 +154,24 @@ def tables(found):
 @functools.cache
 def estimates():
     code = {row["kernel"]: row for row in json.loads((HERE / "results/builds_sm90.json").read_text(encoding="utf-8"))}
-    rows, forward, backward = scan_seconds("H100", code, **SHAPE)
-    before = [calls for part in launched(**SHAPE, C=64) for calls in part]
-    shipped = launched(**SHAPE)
-    for row, (name, moved, *_) in zip(rows, before, strict=True):
-        assert name == row["kernel"]
-        row["bytes_before"] = moved
-    split = len(shipped[0])
-    # the decays were computed a second time for the backward pass
-    ways = {"forward": rows[:split], "backward": rows[split:]}
-    return {"shape": SHAPE, "kernels": rows,
-            **{way: {"bytes": sum(r["bytes"] for r in some), "seconds": seconds, "launches": len(some),
-                     "bytes_before": sum(r["bytes_before"] for r in some) + (rows[0]["bytes_before"] if way == "backward" else 0)}
-               for (way, some), seconds in zip(ways.items(), (forward, backward), strict=True)},
-            "preset": [preset_on(card, code) for card in CARDS]}
+    found = {"shape": SHAPE, "kernels": []}
+    now, before_now = scan_seconds("H100", code, **SHAPE), launched(**SHAPE, C=64)
+    for way, rows, before in zip(("forward", "backward"), now, before_now, strict=True):
+        for row, (_, moved, *_) in zip(rows, before, strict=True):
+            row["bytes_before"] = moved
+        found["kernels"] += rows
+        found[way] = {key: sum(row[key] for row in rows) for key in ("bytes", "bytes_before", "seconds")}
+    found["backward"]["bytes_before"] += found["kernels"][0]["bytes_before"]    # the decays were computed a second time
+    return {**found, "preset": [preset_on(card, code) for card in CARDS]}
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m experiments.estimate", description="Estimate times on a GPU.", allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"experiments.estimate: error: {one_line(message)}; --help lists the options\n")
+    p = parser("estimate", "Estimate times on a GPU.")
     p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
     a = p.parse_args(argv)
     found = estimates()
     print(*tables(found), sep="\n")
-    if a.json:
-        try:
-            a.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        except OSError as e:
-            sys.exit(f"experiments.estimate: error: {one_line(e)}")
+    save("estimate", a.json, found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Each part writes DIR/part-N.json after every row. Nothing stops it: what fails i
 time for. Copied to experiments/results/gpu, the files become tables of docs/speed.md by experiments.report. Without a GPU the
 kernels run in Triton's interpreter, with tiny shapes (TRITON_INTERPRET=1), to test this file.
 """
-import argparse
 import functools
 import platform
 import sys
@@ -26,6 +25,7 @@ from data.messages import one_line
 from data.token_files import write_json
 from experiments.bench_models import train_step
 from experiments.bench_scan import both, ceilings, inputs, least_bytes, specialists
+from experiments.command import parser
 from experiments.timing import DEVICE, GPU, clock
 from fast import check
 from fmem import scan
@@ -247,8 +247,7 @@ PARTS = {1: right, 2: races, 3: kernel_times, 4: tile_sweep, 5: steps, 6: traini
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m experiments.gpu", description="The first half hour on a GPU.", allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"experiments.gpu: error: {one_line(message)}; --help lists the options\n")
+    p = parser("gpu", "The first half hour on a GPU.")
     p.add_argument("--out", metavar="DIR", type=Path, required=True)
     p.add_argument("--minutes", type=float, default=8.0, help="for each part (default: 8)")
     p.add_argument("--part", type=int, choices=PARTS, help="only this one (default: all)")

@@ -9,7 +9,6 @@ Everything goes through train.py and experiments.evaluate, as commands that can 
 resumed; its checkpoints are in out-experiments/NAME, and its figures are one line of results/experiments.jsonl:
 {"name", "command", "seconds", "result"}. No number on the results page is typed by hand.
 """
-import argparse
 import csv
 import itertools
 import json
@@ -20,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-from data.messages import one_line
+from experiments.command import parser
 
 HERE = Path(__file__).resolve().parent
 ROOT, LINES, OUT = HERE.parent, HERE / "results/experiments.jsonl", Path("out-experiments")
@@ -79,8 +78,7 @@ WHY = {"written": "--ablation shared=write", "read": "--ablation shared=read", "
 OVER = {"paper": "", "shared": "--shared_row", "shared+shift": "--shared_row --shift"}     # with --routing every 100 steps
 SEATED = [(m, k) for m in (4, 16, 64, 256) for k in dict.fromkeys((m // 4, 4)) if k <= m]    # m rows beside the shared one
 # two more tasks of recall, the rates of sections 1 and 8
-MORE_TASKS = {"copy": "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400",
-              "repeat": "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400"}
+MORE_TASKS = dict.fromkeys(("copy", "repeat"), "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400")
 MORE_RECALL = {"paper": "--lr 16e-3", "shift": "--shift --lr 16e-3", "shared+shift": "--shared_row --shift --lr 16e-3",
                "conv+gate": "--conv 4 --gate --lr 16e-3", "mamba2": "--mixer mamba2 --lr 16e-3",
                "transformer": "--mixer attention --n_head 4 --lr 4e-3"}
@@ -294,12 +292,10 @@ def run(prefixes, jobs):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m experiments.run", description="Run the experiments of the results page.",
-                                allow_abbrev=False)
+    p = parser("run", "Run the experiments of the results page.")
     p.add_argument("names", nargs="*", help="how the names of those to run begin (default: all)")
     p.add_argument("--list", action="store_true", help="only print the names and commands")
     p.add_argument("--jobs", type=int, default=max(os.cpu_count() or 1, 1), help="how many at a time (default: one per core)")
-    p.error = lambda message: p.exit(2, f"experiments.run: error: {one_line(message)}; --help lists the options\n")
     a = p.parse_args(argv)
     if not 1 <= a.jobs <= 1024:
         p.error(f"--jobs must be from 1 to 1024, not {a.jobs}")

@@ -177,7 +177,7 @@ def why_section(done):
             cells.append(spread(over_seeds(done, f"seated/{m}_{pick}_{{}}", "nats")) if key in SEATED else "")
         if any(cells):
             scaling.append([m, *cells])
-    over = f"""**Over training**, `{" ".join(OVER["shared"].split())}` and `--shared_row --shift` beside the paper's layer, layers 0 / 1 / 2 / 3 / 4, means over the
+    over = f"""**Over training**, `{OVER["shared"]}` and `--shared_row --shift` beside the paper's layer, layers 0 / 1 / 2 / 3 / 4, means over the
 seeds that were run (column n): rows used (exponential of the entropy of their use; of 32, or of 31 beside the shared one), entropy of a token's
 affinity in nats, median half-life of the rows in tokens; the half-life of the shared row; lambda, the part of the token before in
 the routing of a write (0.12 at the start).

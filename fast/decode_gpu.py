@@ -130,13 +130,14 @@ def fused_step(model, token: Tensor, state: list, sample: Callable, choice: tupl
     kind = token.device.type
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     layers = [Layer(block, h, config.norm_eps, low) for block, h in zip(model.blocks, state, strict=True)]
+    head = model.head.weight.to(low)
 
     def step():
         x, y = F.embedding(token, model.embed.weight), None
         with torch.autocast(kind, enabled=False):       # the layers have their dtypes
             for layer in layers:
                 x, y = layer(x, y)
-        logits = model.head(model.norm(x + y))
+            logits = F.linear(model.norm(x + y).to(low), head)
         token.copy_(sample(logits, *choice))
         return logits
 

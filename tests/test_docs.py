@@ -87,7 +87,7 @@ def test_the_page_on_speed_says_what_the_compiler_made():
     before, now = ({row["kernel"]: row for row in json.loads((ROOT / f"experiments/results/{name}.json").read_text())}
                    for name in ("builds_sm90_before", "builds_sm90"))
     for name in ("mix", "mix_back", "rows", "theta"):
-        pairs = [(row["warps"], *(row["warps"] * row[key] for key in ("all", "shuffles")), row["barriers"])
+        pairs = [(row["warps"], row["registers"], *(row["warps"] * row[key] for key in ("all", "shuffles")), row["barriers"])
                  for row in (before[name], now[name])]
         assert f"| {name} | " + " | ".join(f"{a:,} -> {b:,}" for a, b in zip(*pairs, strict=True)) + " |" in page
     for version, found in json.loads((ROOT / "experiments/results/builds_triton.json").read_text()).items():
