@@ -70,21 +70,26 @@ TEN = {"sparse": "", "shared+shift": "--shared_row --shift", "shared+shift+gate"
 RATES = "4e-3", "16e-3", "8e-3", "2e-3", "1e-3"
 RATED = {"shift": "--shift", "shared+shift": "--shared_row --shift", "paper": "", "shared": "--shared_row",
          "transformer": "--mixer attention --n_head 4", "mamba2": "--mixer mamba2", "conv+gate": "--conv 4 --gate",
-         "conv+gate+shift": "--conv 4 --gate --shift", "read_rank": "--read_rank 8"}
+         "conv+gate+shift": "--conv 4 --gate --shift", "read_rank": "--read_rank 8",
+         "transformer-one-head": "--mixer attention --n_head 1"}
 # why the shared row helps: one part of it at a time, and what might do the same without it
 WHY = {"written": "--ablation shared=write", "read": "--ablation shared=read", "bias": "--ablation shared=bias",
        "two": "--ablation shared=2", "average": "--ablation average", "gumbel": "--ablation gumbel",
        "learned_rows": "--ablation learned_rows"}
 OVER = {"paper": "", "shared": "--shared_row", "shared+shift": "--shared_row --shift"}     # with --routing every 100 steps
 SEATED = [(m, k) for m in (4, 16, 64, 256) for k in dict.fromkeys((m // 4, 4)) if k <= m]    # m rows beside the shared one
-# two more tasks of recall, the rates of sections 1 and 8
-MORE_TASKS = dict.fromkeys(("copy", "repeat"), "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400")
+# more tasks of recall, the rates of sections 1 and 8; mqar256: 4 to 32 pairs
+MORE_TASKS = {**dict.fromkeys(("copy", "repeat"), "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400"),
+              "mqar256": "--context 256 --batch_size 8 --max_steps 4800 --eval_every 800"}
 MORE_RECALL = {"paper": "--lr 16e-3", "shift": "--shift --lr 16e-3", "shared+shift": "--shared_row --shift --lr 16e-3",
                "conv+gate": "--conv 4 --gate --lr 16e-3", "mamba2": "--mixer mamba2 --lr 16e-3",
                "transformer": "--mixer attention --n_head 4 --lr 4e-3"}
 PASSKEY = {"shift": "--shift", "shared": "--shared_row", "shared+shift": "--shared_row --shift"}
 # source code, and a longer context; after `python data/prepare.py --corpus stdlib`
-CODE = {model: TEN[model] for model in ("sparse", "shared+shift+gate", "mamba2", "transformer")}
+CODE = {**{model: TEN[model] for model in ("sparse", "shared+shift+gate", "mamba2", "transformer")},
+        "shared+shift+gate+carry": TEN["shared+shift+gate"] + " --carry_state"}
+# the learning rate again, at a fifth of ten million tokens
+FIFTH = {"transformer": ("2e-3", "4e-3", "8e-3"), **dict.fromkeys(("shared+shift+gate", "mamba2"), ("4e-3", "8e-3", "16e-3"))}
 
 
 SHOWN = f"routing/sparse_{SEEDS[0]}"     # whose rows and sentence the page shows
@@ -147,6 +152,10 @@ def changed():
         lr, size = LR.get(model, "8e-3"), SIZE.replace("--eval_every 100", "--eval_every 500")
         runs[f"ten/{model}_{SEEDS[0]}"] = f"python train.py {size} {options} --lr {lr} --max_steps 5000"
         runs[f"drop/{model}_{SEEDS[0]}"] = f"{runs[f'ten/{model}_{SEEDS[0]}']} --dropout 0.1"
+    for model, rates in FIFTH.items():
+        for lr in rates:
+            size = SIZE.replace("--eval_every 100", "--eval_every 500")
+            runs[f"fifth/{model}_{lr}"] = f"python train.py {size} {TEN[model]} --lr {lr} --max_steps 1000"
     for group in ("ten", "drop"):
         for model in TEN:
             last = f"{OUT}/{group}/{model}_{SEEDS[0]}/last.pt"
@@ -178,7 +187,8 @@ def more_recall():
     """Section 8 again: recall with the changes."""
     runs = {}
     for seed in SEEDS:
-        names = {f"{task}/{model}_{seed}": f"python train.py --data {task} {RECALL.replace('--lr 4e-3 ', '')} {size} {options}"
+        setup = RECALL.replace("--lr 4e-3 ", "")
+        names = {f"{task}/{model}_{seed}": f"python train.py --data {task.removesuffix('256')} {setup} {size} {options}"
                  for task, size in MORE_TASKS.items() for model, options in MORE_RECALL.items()}
         names |= {f"passkey/m=64+{model}_{seed}": f"python train.py --data passkey {RECALL} {TASKS['passkey']} {options}"
                   for model, options in PASSKEY.items()}

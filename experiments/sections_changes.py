@@ -1,11 +1,11 @@
 """Section 8 of the results page: the changes of variants/extended.py in language and in recall."""
 import statistics
 
-from experiments.run import CHANGES, RATED, RATES, RECALL, SEEDED, SEEDS, SIZE
-from experiments.sections_memory import tasks_section, ten_section
-from experiments.tables import NAMES, table
+from experiments.run import CHANGES, FIFTH, LR, MORE_RECALL, MORE_TASKS, PASSKEY, RATED, RATES, RECALL, SEEDED, SEEDS, SIZE, TEN
+from experiments.tables import NAMES, over_seeds, shown, spread, table, value
 
 SEED = SEEDS[0]
+FIFTH_RATES = sorted({lr for rates in FIFTH.values() for lr in rates}, key=float)
 
 
 def changed(done):
@@ -58,8 +58,107 @@ def rates_table(done):
         found = [done.get(f"rates/{model}_{lr}_{SEED}") for lr in sorted(RATES, key=float)]
         if any(found):
             name = NAMES.get(model) or (f"memory, `{options}`" if options else "memory")
+            name = name if "one-head" not in model else "Transformer, one head"
             rows.append([name, *(f"{100 * line['result']['right']:.1f}" if line else "" for line in found)])
     return table(["model", *(f"lr {lr}" for lr in sorted(RATES, key=float))], rows)
+
+
+def tasks_section(done):
+    """Two more tasks, and the passkey with the changes."""
+    rows = []
+    for model, options in MORE_RECALL.items():
+        cells = []
+        for task, key, cases in (("repeat", "strings", (1, 2)), ("copy", "length", (64, 256, 1024))):
+            runs = over_seeds(done, f"recall-{task}/{model}_{{}}", "recall")
+            for case in cases:
+                cells.append(spread([100 * row["right"] for run in runs for row in run["rows"] if row[key] == case], 1))
+        if any(cells):
+            rows.append([f"`{options}`", *cells])
+    pairs = []
+    for model, options in MORE_RECALL.items():
+        if runs := over_seeds(done, f"recall-mqar256/{model}_{{}}", "recall"):
+            sizes = [row["pairs"] for row in runs[0]["rows"]]
+            pairs.append([f"`{options}`", *(spread([100 * run["rows"][i]["right"] for run in runs], 1) for i in range(len(sizes))),
+                          f"{runs[0]['state_bytes'] / 1024:.0f}"])
+    passkeys = []
+    for model, options in {"m=64": "the memory", **{f"m=64+{name}": f"`{options}`" for name, options in PASSKEY.items()}}.items():
+        runs = over_seeds(done, f"recall-passkey/{model}_{{}}", "recall")
+        if runs:
+            passkeys.append([options, *(spread([100 * run["rows"][i]["right"] for run in runs], 1)
+                                        for i in range(len(runs[0]["rows"])))])
+            heads = [f"{row['distance']:,}" for row in runs[0]["rows"]]
+    if not rows:
+        return ""
+    text = f"""**Repeated strings and selective copying** (`--data repeat`, `--data copy`, as data/recall.py says; `{RECALL.replace(" --lr 4e-3", "")}
+{MORE_TASKS["copy"]}`, the best rate of MQAR for each). Right answers in percent: strings of 16 tokens
+in a window of 64 tokens; 16 values among the blanks of a window of 64 (the training length), 256 and 1,024 tokens.
+
+{table(["model", "one string", "two strings", "copy, 64", "256", "1,024"], rows)}
+"""
+    if pairs:
+        text += f"""**Associative recall of up to {sizes[-1]} pairs** (`--data mqar {MORE_TASKS["mqar256"]}`,
+the same rates and number of tokens). Right answers in percent by the number of pairs, and the state after a window:
+
+{table(["model", *map(str, sizes), "state, KiB"], pairs)}
+"""
+    return text + (f"""**The passkey of section 5** with the changes, by the tokens in between:
+
+{table(["model", *heads], passkeys)}
+""" if len(passkeys) > 1 else "")
+
+
+def ten_section(done, figures):
+    """Ten million tokens, with and without dropout, and how much better a passage is predicted the second time."""
+    rows = []
+    for model, options in TEN.items():
+        cells, sort = [], []
+        for group in ("ten", "drop"):
+            result = done.get(f"{group}/{model}_{SEED}", {}).get("result")
+            curve = [loss for _, loss in result["curve"]] if result else []
+            cells += [shown(result and result["nats"]), shown(curve[-1] - min(curve)) if curve else "",
+                      shown(result and statistics.mean(loss for _, loss in result["train"][-5:]))]
+            sort.append(result["nats"] if result else 9)
+        if min(sort) < 9:
+            repeated = next((done[f"{group}-recall/{model}"]["result"]["recall"]["rows"] for group in ("ten", "drop")
+                             if f"{group}-recall/{model}" in done), [])
+            gains = [shown(row["first"] - row["second"], 2) for row in repeated if row["distance"] in (0, 64, 1024)]
+            rows.append((*sort, [NAMES.get(model) or f"memory, `{options}`", *cells, *(gains or [""] * 3)]))
+    head = ["", "no dropout", "rise at the end", "training", "dropout 0.1", "rise", "training", "gain, 0 between", "64", "1,024"]
+
+    def draw(figure):
+        ax = figure.subplots()
+        for i, (model, options) in enumerate(TEN.items()):
+            for group, style in (("ten", "-"), ("drop", "--")):
+                if line := done.get(f"{group}/{model}_{SEED}"):
+                    curve = line["result"]["curve"]
+                    ax.plot([step * 2048 / 1e6 for step, _ in curve], [loss for _, loss in curve], style, color=f"C{i}",
+                            label=(NAMES.get(model) or options) + (", dropout 0.1" if group == "drop" else ""))
+        ax.set(xlabel="million tokens", ylabel="validation (a part of it), nats per token")
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3)
+
+    return rows and f"""**Ten million tokens**: `{SIZE.replace("--eval_every 100", "--eval_every 500")} --max_steps 5000`, six passes over
+the plays, lr {LR["transformer"]} for the Transformer and 8e-3 for the others (the rates of section 1), **one seed**. Nats per validation token; by how much
+the loss (on a part of that text) had risen at the end above its lowest; the training loss at the end (mean of five single batches; with
+dropout that of the thinned model). Last, without dropout, how many nats per token the loss of a passage of 64 tokens falls the
+second time, with so many tokens in between. Of dropouts only 0.1 was tried.
+
+{table(head, [row for *_, row in sorted(rows)])}
+{figures.draw("ten", (6.5, 4), draw, "validation loss over ten million tokens")}
+{fifth_table(done)}"""
+
+
+def fifth_table(done):
+    """The learning rate again, at two million tokens."""
+    rows = []
+    for model, rates in FIFTH.items():
+        if any(f"fifth/{model}_{lr}" in done for lr in rates):
+            rows.append([NAMES.get(model) or f"memory, `{TEN[model]}`", *(
+                shown(value(done, f"fifth/{model}_{lr}", "nats")) if lr in rates else "" for lr in FIFTH_RATES)])
+    return f"""The learning rate again, at a fifth of that budget (1,000 steps): nats per validation token.
+
+{table(["", *(f"lr {lr}" for lr in FIFTH_RATES)], rows)}
+""" if rows else ""
 
 
 def changes_section(done, figures):
@@ -83,5 +182,5 @@ With all three seeds:
 tokens, four times as many; **one seed**). Right answers in percent, over windows of 4, 8 and 16 pairs; an empty cell was not run.
 
 {rates_table(done)}
-{tasks_section(done)}    python -m experiments.run changes ten drop rates repeat copy passkey/m=64+ recall
+{tasks_section(done)}    python -m experiments.run changes ten drop fifth rates repeat copy mqar256 passkey/m=64+ recall
 """

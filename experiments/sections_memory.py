@@ -1,8 +1,8 @@
 """The headline of the results page, and its sections 9 and 10: why the shared row helps, and whether a longer past does."""
 import statistics
 
-from experiments.run import CODE, LR, MORE_RECALL, MORE_TASKS, OVER, PASSKEY, RATES, RECALL, SEATED, SEEDS, SIZE, SMALL, TEN, WHY
-from experiments.tables import NAMES, over_seeds, spread, table
+from experiments.run import CODE, MORE_TASKS, OVER, RATES, SEATED, SEEDS, SIZE, SMALL, WHY
+from experiments.tables import NAMES, over_seeds, shown, spread, table, value
 
 SEED = SEEDS[0]
 # model: its runs at a million tokens, at ten million, its name in the recall experiments
@@ -13,12 +13,7 @@ HEADLINE = {"memory, as in the paper": ("short/sparse", "sparse", "paper"),
             "Mamba-2": ("short/mamba2", "mamba2", "mamba2"), "Transformer": ("short/transformer", "transformer", "transformer")}
 
 
-def value(done, name, key):
-    return done[name]["result"][key] if name in done else None
-
-
-def shown(number, digits=3):
-    return "" if number is None else f"{number:.{digits}f}"
+SHORT = {"mqar256": "MQAR to 32 pairs"}
 
 
 def best_rate(done, model):
@@ -40,7 +35,7 @@ def headline_table(done):
         if None not in (nats[0], kib, tasks["mqar"], tasks["repeat"]):
             points.append((name, nats[0], (tasks["mqar"] + tasks["repeat"]) / 2, kib))
     head = ["model", "1 million tokens, three seeds", "10 million", "the same, dropout 0.1", "MQAR, best rate, %",
-            *(f"{task}, %" for task in MORE_TASKS), "state, KiB"]
+            *(f"{SHORT.get(task, task)}, %" for task in MORE_TASKS), "state, KiB"]
     return table(head, rows), points
 
 
@@ -66,79 +61,6 @@ recall, after 64 tokens. Ten million tokens and recall: **one seed**. An empty c
 what it means.
 
 {picture}"""
-
-
-def tasks_section(done):
-    """Two more tasks, and the passkey with the changes."""
-    rows = []
-    for model, options in MORE_RECALL.items():
-        cells = []
-        for task, key, cases in (("repeat", "strings", (1, 2)), ("copy", "length", (64, 256, 1024))):
-            runs = over_seeds(done, f"recall-{task}/{model}_{{}}", "recall")
-            for case in cases:
-                cells.append(spread([100 * row["right"] for run in runs for row in run["rows"] if row[key] == case], 1))
-        if any(cells):
-            rows.append([f"`{options}`", *cells])
-    passkeys = []
-    for model, options in {"m=64": "the memory", **{f"m=64+{name}": f"`{options}`" for name, options in PASSKEY.items()}}.items():
-        runs = over_seeds(done, f"recall-passkey/{model}_{{}}", "recall")
-        if runs:
-            passkeys.append([options, *(spread([100 * run["rows"][i]["right"] for run in runs], 1)
-                                        for i in range(len(runs[0]["rows"])))])
-            heads = [f"{row['distance']:,}" for row in runs[0]["rows"]]
-    if not rows:
-        return ""
-    text = f"""**Repeated strings and selective copying** (`--data repeat`, `--data copy`, as data/recall.py says; `{RECALL.replace(" --lr 4e-3", "")}
-{MORE_TASKS["copy"]}`, the best rate of MQAR for each). Right answers in percent: strings of 16 tokens
-in a window of 64 tokens; 16 values among the blanks of a window of 64 (the training length), 256 and 1,024 tokens.
-
-{table(["model", "one string", "two strings", "copy, 64", "256", "1,024"], rows)}
-"""
-    return text + (f"""**The passkey of section 5** with the changes, by the tokens in between:
-
-{table(["model", *heads], passkeys)}
-""" if len(passkeys) > 1 else "")
-
-
-def ten_section(done, figures):
-    """Ten million tokens, with and without dropout, and how much better a passage is predicted the second time."""
-    rows = []
-    for model, options in TEN.items():
-        cells, sort = [], []
-        for group in ("ten", "drop"):
-            result = done.get(f"{group}/{model}_{SEED}", {}).get("result")
-            curve = [loss for _, loss in result["curve"]] if result else []
-            cells += [shown(result and result["nats"]), shown(curve[-1] - min(curve)) if curve else "",
-                      shown(result and statistics.mean(loss for _, loss in result["train"][-5:]))]
-            sort.append(result["nats"] if result else 9)
-        if min(sort) < 9:
-            repeated = next((done[f"{group}-recall/{model}"]["result"]["recall"]["rows"] for group in ("ten", "drop")
-                             if f"{group}-recall/{model}" in done), [])
-            gains = [shown(row["first"] - row["second"], 2) for row in repeated if row["distance"] in (0, 64, 1024)]
-            rows.append((*sort, [NAMES.get(model) or f"memory, `{options}`", *cells, *(gains or [""] * 3)]))
-    head = ["", "no dropout", "rise at the end", "training", "dropout 0.1", "rise", "training", "gain, 0 between", "64", "1,024"]
-
-    def draw(figure):
-        ax = figure.subplots()
-        for i, (model, options) in enumerate(TEN.items()):
-            for group, style in (("ten", "-"), ("drop", "--")):
-                if line := done.get(f"{group}/{model}_{SEED}"):
-                    curve = line["result"]["curve"]
-                    ax.plot([step * 2048 / 1e6 for step, _ in curve], [loss for _, loss in curve], style, color=f"C{i}",
-                            label=(NAMES.get(model) or options) + (", dropout 0.1" if group == "drop" else ""))
-        ax.set(xlabel="million tokens", ylabel="validation (a part of it), nats per token")
-        ax.legend(fontsize=7)
-        ax.grid(alpha=0.3)
-
-    return rows and f"""**Ten million tokens**: `{SIZE.replace("--eval_every 100", "--eval_every 500")} --max_steps 5000`, six passes over
-the plays, lr {LR["transformer"]} for the Transformer and 8e-3 for the others (the rates of section 1), **one seed**. Nats per validation token; by how much
-the loss (on a part of that text) had risen at the end above its lowest; the training loss at the end (mean of five single batches; with
-dropout that of the thinned model). Last, without dropout, how many nats per token the loss of a passage of 64 tokens falls the
-second time, with so many tokens in between. Of dropouts only 0.1 was tried.
-
-{table(head, [row for *_, row in sorted(rows)])}
-{figures.draw("ten", (6.5, 4), draw, "validation loss over ten million tokens")}
-"""
 
 
 def why_table(done):

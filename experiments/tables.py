@@ -63,3 +63,11 @@ class Figures:
 
 def training_row(bench, d, T):
     return next((r for r in bench if r["table"] == "training" and r["d_model"] == d and r["T"] == T), None)
+
+
+def value(done, name, key):
+    return done[name]["result"][key] if name in done else None
+
+
+def shown(number, digits=3):
+    return "" if number is None else f"{number:.{digits}f}"
