@@ -1,8 +1,8 @@
-"""Triton kernels for the memory: the scan, forward and backward, and one step of generation, on NVIDIA GPUs from Ampere on.
+"""Triton kernels for the memory: the scan, forward and backward, on NVIDIA GPUs from Ampere on (a step: fast/step_gpu.py).
 
 What is fused. A loop over the tokens moves the whole memory [m, d] for every token: 2 m d numbers. Here a chunk of C = 32 or 64
 tokens moves it a fixed number of times (once written, twice read in the forward pass), x is read three times, y written once.
-Everything else does not grow with d and is small. With B 8, T 4096, m 64, d 1024 in bf16 that is 0.8 GB instead of 17 GB.
+All else does not grow with d and is small. With B 8, T 4096, m 64, d 1024 in bf16 that is 0.6 GB instead of 17 GB.
 
 How. Inside a chunk with start state H, every row is H times a number plus a combination of the chunk's inputs,
 
@@ -14,17 +14,17 @@ with a = 1 - theta: C + 1 coefficients per row instead of d numbers. Given the i
     <h_{t-1}, x_t> = F_{t-1} S_t + sum_s E_{t-1}[s] K_ts            n_t = a^2 n_{t-1} + 2 a theta <h_{t-1}, x_t> + theta^2 K_tt
     y_t = sum_i q_t F_t H + sum_s A_ts x_s,      A_ts = sum_i q_t E_t[s],      q_t = phi_t / sqrt(n_t / d + eps)
 
-No logarithm, no division: exact for every theta from 0 to 1. The work that grows with d is matrix products on the tensor cores.
-The gradients are those of `chunked_backward` in fast/chunked.py (lambda, kappa, L), without its division by a_t.
+So it is done in sub-chunks of SUB tokens. What was written before one all decays alike, E_t[s] = D(t, n) E_n[s], where D(t, s)
+is the product of a from s + 1 to t, and has its part in <h, x> and A by products of 16 x 16 numbers. No logarithm, no division:
+exact for every theta from 0 to 1. The gradients are those of `chunked_backward` in fast/chunked.py, without its division by a_t.
 
-The order of this file: loads, forward kernels, backward kernels, the step, the operators, the checked functions. Symbols are
-those of fmem.py, x short for xbar; D(t, s) is the product of a from s + 1 to t, D(C, s) that up to the chunk's end. Kernels get
+Symbols are those of fmem.py, x short for xbar; a sub-chunk is named by its first token n, and ends before token e. Kernels get
 pointers to contiguous tensors; T and N = T / C are run-time numbers, shapes m and d and the tiles C, BM, BD are compiled in. One
 program does one chunk of one text and BM rows (or BD columns). Tokens after T load as theta = phi = x = 0, which changes nothing.
 Never feed a transposed dot result from registers into another dot: some Triton releases miscompile that on Hopper. What is
-needed transposed is loaded transposed. No kernel loads an address that it has stored, except behind a barrier: several warps hold
-copies of a small tensor, and a late one would load what an early one has stored. (The step works in place, with so few warps that
-no two hold the same numbers.) This file imports nothing of ours, and raises where it cannot run; fast/__init__.py chooses.
+needed transposed is loaded transposed. No kernel loads an address that it has stored, except behind a barrier: several threads
+may hold copies of a small tensor, and a late one would load what an early one has stored. This file imports nothing of ours, and
+raises where it cannot run; fast/__init__.py chooses.
 """
 import functools
 import os
@@ -39,6 +39,7 @@ from triton.language import constexpr
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpreter: the kernels run on a CPU, slowly
 MAX_M, MAX_D = 512, 4096
+SUB: constexpr = constexpr(16)                              # tokens of a sub-chunk: the smallest side of a product
 jit = functools.partial(triton.jit, do_not_specialize=["T", "N"])       # not compiled again for special values of the lengths
 
 
@@ -65,13 +66,13 @@ def put(p, row0, rows, cols, n_rows, n_cols: constexpr, value):
 
 
 @triton.jit
-def place(T, N, m: constexpr, C: constexpr, BM: constexpr, rows, tokens):
-    """A program's chunk, counted over all texts; its block of rows; `tokens`; the chunk's first token; tokens left from there on.
+def place(T, N, m: constexpr, C: constexpr, BM: constexpr, rows):
+    """A program's chunk, counted over all texts; its block of rows; the chunk's first token; tokens left from there on.
     Programs of one chunk follow each other: its x is still in the L2 cache."""
     blocks: constexpr = (m + BM - 1) // BM
     bc, im = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b, c = (bc // N).to(tl.int64), bc % N
-    return bc.to(tl.int64), im * BM + rows, tokens, b * T + c * C, T - c * C
+    return bc.to(tl.int64), im * BM + rows, b * T + c * C, T - c * C
 
 
 @triton.jit
@@ -82,15 +83,21 @@ def dot(a, b, acc, OPERAND: constexpr, PRECISION: constexpr):
 # ------------------------------------------------------------------------------------------------------------- forward
 
 @jit
-def decays_kernel(theta, write, suffix, keep, T, N, m: constexpr, C: constexpr, BM: constexpr):
-    """Of each chunk: suffix_s = D(C, s), write_s = theta_s D(C, s) and keep = D(C, 0), for H' = keep H + write^T x."""
-    bc, i, t, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
-    th = tile(theta, row0, t, i, left, m)
-    after = tile(theta, row0 + 1, t, i, tl.minimum(left, C) - 1, m)         # theta of the token behind
-    D = tl.cumprod(1 - after, 0, reverse=True)
-    put(suffix, row0, t, i, left, m, D)
-    put(write, row0, t, i, left, m, th * D)
-    put(keep, bc, t, i, 1, m, (1 - th) * D)                                 # the first row of it
+def decays_kernel(theta, write, near, keep, sub, T, N, m: constexpr, C: constexpr, BM: constexpr):
+    """write_s = theta_s D(C, s) and keep = D(C, 0) of each chunk, for H' = keep H + write^T x; near and sub of each sub-chunk."""
+    bc, i, row0, left = place(T, N, m, C, BM, tl.arange(0, BM))
+    u, D = tl.arange(0, SUB), tl.full([BM], 1.0, tl.float32)
+    for back in range(C // SUB):
+        n = C - (back + 1) * SUB
+        th = tile(theta, row0 + n, u, i, left - n, m)
+        after = tile(theta, row0 + n + 1, u, i, tl.minimum(left - n, SUB) - 1, m)       # theta of the token behind
+        D_e = tl.cumprod(1 - after, 0, reverse=True)
+        put(near, row0 + n, u, i, left - n, m, th * D_e)
+        put(write, row0 + n, u, i, left - n, m, th * D_e * D[None, :])
+        P = tl.sum(tl.where(u[:, None] == 0, (1 - th) * D_e, 0.0), 0)                   # the first row of it
+        tl.store(sub + (bc * (C // SUB) + n // SUB) * m + i, P, mask=i < m)
+        D *= P
+    tl.store(keep + bc * m + i, D, mask=i < m)
 
 
 @jit
@@ -117,7 +124,8 @@ def states_kernel(w1, v1, w2, v2, keep, first, states, last, T, N, m: constexpr,
 def products_kernel(v, x, states, states2, S, K, rowdot, T, N, m: constexpr, d: constexpr, C: constexpr, BM: constexpr,
                     BD: constexpr, GRAM: constexpr, ROWDOT: constexpr, OPERAND: constexpr, PRECISION: constexpr):
     """Inner products of each chunk: S = v states^T; GRAM: K = v x^T; ROWDOT: <states[i], states2[i]> of each row."""
-    bc, i, t, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
+    bc, i, row0, left = place(T, N, m, C, BM, tl.arange(0, BM))
+    t = tl.arange(0, C)
     s_acc, k_acc, r_acc = tl.zeros([C, BM], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([BM], tl.float32)
     for start in range(0, d, BD):
         e = start + tl.arange(0, BD)
@@ -134,55 +142,96 @@ def products_kernel(v, x, states, states2, S, K, rowdot, T, N, m: constexpr, d: 
         tl.store(rowdot + bc * m + i, r_acc, mask=i < m)
 
 
+@triton.jit
+def before(S, K, near, sub, F, bc, row0, left, n, i, m: constexpr, C: constexpr, EXACT: constexpr):
+    """<h_n, v_t> for the tokens t of the sub-chunk n, from S_t = <H, v_t>, K_ts = <v_t, x_s> and F = D(n, 0)."""
+    u, D = tl.arange(0, SUB), tl.full(i.shape, 1.0, tl.float32)
+    acc = tile(S, row0 + n, u, i, left - n, m) * F[None, :]
+    for back in range(n // SUB):
+        s = n - SUB - back * SUB
+        E = tile(near, row0 + s, u, i, left - s, m) * D[None, :]
+        acc = tl.dot(tile(K, bc * C + n, u, s + u, SUB, C), E, acc, input_precision=EXACT)
+        D *= tl.load(sub + (bc * (C // SUB) + s // SUB) * m + i, mask=i < m, other=0.0)
+    return acc
+
+
+@triton.jit
+def across(A, wF, wP, near, sub, F, bc, row0, left, n, i, m: constexpr, C: constexpr, EXACT: constexpr):
+    """The end of a sub-chunk: A_ts = sum_i w_t E_t[s] for its tokens t and all s before it, and w_t F_t, from w_t D(t, n)."""
+    u, D = tl.arange(0, SUB), tl.full(i.shape, 1.0, tl.float32)
+    tl.debug_barrier()
+    w = tile(wP, row0 + n, u, i, left - n, m)
+    put(wF, row0 + n, u, i, left - n, m, w * F[None, :])
+    for back in range(n // SUB):
+        s = n - SUB - back * SUB
+        E_T = tile_T(near, row0 + s, u, i, left - s, m) * D[:, None]
+        put(A, n, u, s + u, SUB, C, tl.dot(w, E_T, input_precision=EXACT))
+        D *= tl.load(sub + (bc * (C // SUB) + s // SUB) * m + i, mask=i < m, other=0.0)
+
+
 @jit
-def mix_kernel(theta, phi, S, K, n0, suffix, kappa, kappa_in, A, wF, eps, T, N, m: constexpr, d: constexpr, C: constexpr,
-               BM: constexpr, BACKWARD: constexpr):
-    """The recurrence on the coefficients. A_ts = sum_i w_t E_t[s] (over BM rows: one A per group of rows) and w_t F_t.
-    Forward: w_t = q_t, from the row lengths. BACKWARD: w_t = -theta_t kappa_t, where the chunks behind add D(C, t)^2 kappa_in
-    to the kappa of `rows_kernel`.
-    """
-    bc, i, s, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
-    rows, E, F = i < m, tl.zeros([C, BM], tl.float32), tl.full([BM], 1.0, tl.float32)
+def mix_kernel(theta, phi, S, K, n0, near, sub, S_n, qP, A, qF, Y, M, Y_n, q, dphi, c, hx_l, kappa_out, eps, T, N, m: constexpr,
+               d: constexpr, C: constexpr, BM: constexpr, GRADIENT: constexpr, EXACT: constexpr):
+    """The recurrence on the coefficients: A_ts = sum_i q_t E_t[s] (over BM rows: one A per group of rows), q_t F_t, q_t D(t, n)
+    and S_n, S with the state before each sub-chunk. GRADIENT: again, with g_t = <h_t, dy_t> from Y = <dy, H>, M_ts = <dy_t, x_s>:
+    q, Y_n, dphi = r g, hx_l = <h_{t-1}, x_t> - n_{t-1}, c, the token's own part of kappa, the chunk's part of a_1^2 kappa_1."""
+    bc, i, row0, left = place(T, N, m, C, BM, tl.arange(0, BM))
+    u, rows, F = tl.arange(0, SUB), i < m, tl.full([BM], 1.0, tl.float32)
     A += tl.program_id(0).to(tl.int64) * C * C
-    if BACKWARD:
-        k_in = tl.load(kappa_in + bc * m + i, mask=rows, other=0.0)
-    else:
-        n = tl.load(n0 + bc * m + i, mask=rows, other=0.0)
-    for t in range(tl.minimum(left, C)):
-        at = (row0 + t) * m + i
-        th = tl.load(theta + at, mask=rows, other=0.0)
-        a = 1 - th
-        if BACKWARD:
-            D = tl.load(suffix + at, mask=rows, other=0.0)
-            w = -th * (tl.load(kappa + at, mask=rows, other=0.0) + D * D * k_in)
-        else:
-            K_t, K_tt = tl.load(K + (bc * C + t) * C + s), tl.load(K + (bc * C + t) * C + t)
-            hx = F * tl.load(S + at, mask=rows, other=0.0) + tl.sum(E * K_t[:, None], 0)
-            n = tl.maximum(a * a * n + th * (2 * a * hx + th * K_tt), 0.0)
-            w = tl.load(phi + at, mask=rows, other=0.0) * tl.rsqrt(n / d + eps)
-        E, F = tl.where(s[:, None] == t, th[None, :], E * a[None, :]), F * a
-        tl.store(A + t * C + s, tl.sum(E * w[None, :], 1).to(A.dtype.element_ty))
-        tl.store(wF + at, (w * F).to(wF.dtype.element_ty), mask=rows)
+    length, k = tl.load(n0 + bc * m + i, mask=rows, other=0.0), tl.zeros([BM], tl.float32)
+    for n in range(0, tl.minimum(left, C), SUB):
+        put(S_n, row0 + n, u, i, left - n, m, before(S, K, near, sub, F, bc, row0, left, n, i, m, C, EXACT))
+        if GRADIENT:
+            put(Y_n, row0 + n, u, i, left - n, m, before(Y, M, near, sub, F, bc, row0, left, n, i, m, C, EXACT))
+        tl.debug_barrier()
+        # Zeros, held by the threads as a loaded tile is: half the work for sums over its rows and its columns.
+        E, P = 0.0 * tile(near, row0 + n, u, i, left - n, m), tl.full([BM], 1.0, tl.float32)
+        for t in range(tl.minimum(left - n, SUB)):
+            at, row = (row0 + n + t) * m + i, (bc * C + n + t) * C + n
+            th = tl.load(theta + at, mask=rows, other=0.0)
+            a = 1 - th
+            hx = P * tl.load(S_n + at, mask=rows, other=0.0) + tl.sum(E * tl.load(K + row + u)[:, None], 0)
+            if GRADIENT:
+                tl.store(hx_l + at, hx - length, mask=rows)
+            length = tl.maximum(a * a * length + th * (2 * a * hx + th * tl.load(K + row + t)), 0.0)
+            r = tl.rsqrt(length / d + eps)
+            q_t = tl.load(phi + at, mask=rows, other=0.0) * r
+            E, P = tl.where(u[:, None] == t, th[None, :], E * a[None, :]), P * a
+            tl.store(A + (n + t) * C + n + u, tl.sum(E * q_t[None, :], 1).to(A.dtype.element_ty))
+            tl.store(qP + at, q_t * P, mask=rows)
+            if GRADIENT:
+                g = P * tl.load(Y_n + at, mask=rows, other=0.0) + tl.sum(E * tl.load(M + row + u)[:, None], 0)
+                c_t, F_t = q_t * r * r * g / d, F * P
+                k += F_t * F_t * c_t
+                tl.store(q + at, q_t, mask=rows)
+                tl.store(dphi + at, r * g, mask=rows)
+                tl.store(c + at, c_t, mask=rows)
+        across(A, qF, qP, near, sub, F, bc, row0, left, n, i, m, C, EXACT)
+        F *= P
+    if GRADIENT:
+        tl.store(kappa_out + bc * m + i, k, mask=rows)
 
 
 @jit
 def read_kernel(w1, states1, A1, v1, w2, states2, A2, v2, out, T, N, m: constexpr, d: constexpr, C: constexpr, BM: constexpr,
-                BD: constexpr, BACKWARD: constexpr, OPERAND: constexpr, PRECISION: constexpr):
+                BR: constexpr, BD: constexpr, BACKWARD: constexpr, OPERAND: constexpr, PRECISION: constexpr):
     """Forward: y = w1 states1 + A1 v1. BACKWARD: dx = w1 states1 + A1^T v1 + w2 states2 + (A2 + A2^T, diagonal once) v2."""
     bc, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     b, c = bc // N, bc % N
     t, row0, left = tl.arange(0, C), b * T + c * C, T - c * C
     acc, a1, a2 = tl.zeros([C, BD], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for start in range(0, m, BM):
-        i, slab = start + tl.arange(0, BM), (bc * tl.cdiv(m, BM) + start // BM) * C
+        i = start + tl.arange(0, BM)
         acc = dot(tile(w1, row0, t, i, left, m), tile(states1, bc * m, i, e, m, d), acc, OPERAND, PRECISION)
         if BACKWARD:
             acc = dot(tile(w2, row0, t, i, left, m), tile(states2, bc * m, i, e, m, d), acc, OPERAND, PRECISION)
-            a1 += tile_T(A1, slab, t, t, left, C)
-            a2 += tile_T(A2, slab, t, t, left, C)
-            a2 += tl.where(t[:, None] > t[None, :], tile(A2, slab, t, t, left, C), 0.0)
+    below = t[:, None] >= t[None, :]                                        # what is above was not stored
+    for slab in range(bc * tl.cdiv(m, BR) * C, (bc + 1) * tl.cdiv(m, BR) * C, C):
+        if BACKWARD:
+            a1 += tl.where(t[:, None] <= t[None, :], tile_T(A1, slab, t, t, left, C), 0.0)
+            a2 += tl.where(below, tile(A2, slab, t, t, left, C), tile_T(A2, slab, t, t, left, C))
         else:
-            a1 += tile(A1, slab, t, t, left, C)
+            a1 += tl.where(below, tile(A1, slab, t, t, left, C), 0.0)
     acc = dot(a1, tile(v1, row0, t, e, left, d), acc, OPERAND, PRECISION)
     if BACKWARD:
         acc = dot(a2, tile(v2, row0, t, e, left, d), acc, OPERAND, PRECISION)
@@ -190,46 +239,6 @@ def read_kernel(w1, states1, A1, v1, w2, states2, A2, v2, out, T, N, m: constexp
 
 
 # ------------------------------------------------------------------------------------------------------------ backward
-
-@jit
-def rows_kernel(theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, c_t, eps, T, N, m: constexpr, d: constexpr,
-                C: constexpr, BM: constexpr):
-    """The forward recurrence again, now with g_t = <h_t, dy_t> from Y = <dy, H> and M_ts = <dy_t, x_s>.
-    Gives A, q F and q as before, dphi = r g, hx_n = <h_{t-1}, x_t> - n_{t-1}, kappa as far as the chunk itself makes it, and
-    a_1^2 kappa_1. c_t is room for its own use.
-    """
-    bc, i, s, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
-    rows, tokens = i < m, tl.minimum(left, C)
-    E, F = tl.zeros([C, BM], tl.float32), tl.full([BM], 1.0, tl.float32)
-    A += tl.program_id(0).to(tl.int64) * C * C
-    n = tl.load(n0 + bc * m + i, mask=rows, other=0.0)
-    for t in range(tokens):
-        at = (row0 + t) * m + i
-        th = tl.load(theta + at, mask=rows, other=0.0)
-        a = 1 - th
-        K_t, K_tt = tl.load(K + (bc * C + t) * C + s), tl.load(K + (bc * C + t) * C + t)
-        hx = F * tl.load(S + at, mask=rows, other=0.0) + tl.sum(E * K_t[:, None], 0)
-        tl.store(hx_n + at, hx - n, mask=rows)
-        n = tl.maximum(a * a * n + th * (2 * a * hx + th * K_tt), 0.0)
-        r = tl.rsqrt(n / d + eps)
-        E, F = tl.where(s[:, None] == t, th[None, :], E * a[None, :]), F * a
-        g = F * tl.load(Y + at, mask=rows, other=0.0) + tl.sum(E * tl.load(M + (bc * C + t) * C + s)[:, None], 0)
-        q_t = tl.load(phi + at, mask=rows, other=0.0) * r
-        tl.store(q + at, q_t, mask=rows)
-        tl.store(A + t * C + s, tl.sum(E * q_t[None, :], 1).to(A.dtype.element_ty))
-        tl.store(qF + at, (q_t * F).to(qF.dtype.element_ty), mask=rows)
-        tl.store(dphi + at, r * g, mask=rows)
-        tl.store(c_t + at, q_t * r * r * g / d, mask=rows)
-    tl.debug_barrier()
-    k = tl.zeros([BM], tl.float32)
-    for back in range(tokens):
-        at = (row0 + tokens - 1 - back) * m + i
-        a = 1 - tl.load(theta + at, mask=rows, other=0.0)
-        k += tl.load(c_t + at, mask=rows, other=0.0)
-        tl.store(kappa + at, k, mask=rows)
-        k *= a * a
-    tl.store(kappa_out + bc * m + i, k, mask=rows)
-
 
 @jit
 def carry_kernel(kappa_out, keep, kappa_in, first, T, N, m: constexpr, BM: constexpr):
@@ -245,91 +254,109 @@ def carry_kernel(kappa_out, keep, kappa_in, first, T, N, m: constexpr, BM: const
 
 
 @jit
-def theta_kernel(theta, q, kappa, kappa_in, hx_n, S, K, Y, M, Z, HL, suffix, dtheta, T, N, m: constexpr, C: constexpr,
-                 BM: constexpr):
-    """dtheta_j = <lambda_j, x_j - h_{j-1}> - a_j kappa_j hx_n_j, without a division by a_j.
+def mix_back_kernel(theta, c, kappa_in, near, sub, kappa, wP, A, wF, T, N, m: constexpr, C: constexpr, BM: constexpr,
+                    EXACT: constexpr):
+    """kappa_t = c_t + a_{t+1}^2 kappa_{t+1}, where kappa_in comes in from behind; then as above with w_t = -theta_t kappa_t."""
+    bc, i, row0, left = place(T, N, m, C, BM, tl.arange(0, BM))
+    u, rows, F = tl.arange(0, SUB), i < m, tl.full([BM], 1.0, tl.float32)
+    A += tl.program_id(0).to(tl.int64) * C * C
+    k, tokens = tl.load(kappa_in + bc * m + i, mask=rows, other=0.0), tl.minimum(left, C)
+    for back in range(tokens):
+        at = (row0 + tokens - 1 - back) * m + i
+        a = 1 - tl.load(theta + at, mask=rows, other=0.0)
+        k += tl.load(c + at, mask=rows, other=0.0)
+        tl.store(kappa + at, k, mask=rows)
+        k *= a * a
+    tl.debug_barrier()
+    for n in range(0, tokens, SUB):
+        E, P = 0.0 * tile(near, row0 + n, u, i, left - n, m), tl.full([BM], 1.0, tl.float32)
+        for t in range(tl.minimum(left - n, SUB)):
+            at = (row0 + n + t) * m + i
+            th = tl.load(theta + at, mask=rows, other=0.0)
+            a, w = 1 - th, -th * tl.load(kappa + at, mask=rows, other=0.0)
+            E, P = tl.where(u[:, None] == t, th[None, :], E * a[None, :]), P * a
+            tl.store(A + (n + t) * C + n + u, tl.sum(E * w[None, :], 1).to(A.dtype.element_ty))
+            tl.store(wP + at, w * P, mask=rows)
+        across(A, wF, wP, near, sub, F, bc, row0, left, n, i, m, C, EXACT)
+        F *= P
 
-    lambda_j = D(C, j) L + sum_{u >= j} D(u, j) (q_u dy_u - theta_u kappa_u x_u), so with Z = <x, L> what is needed of
-    h_{j-1} are its inner products with L, v = <h_{j-1}, L>, and with the brackets, X_u = <h_{j-1}, q_u dy_u - ... x_u>.
-    Both obey eq. 10: they move to those of x_j, Z_j and W_u, by the share theta_j.
-    """
-    bc, i, u, row0, left = place(T, N, m, C, BM, tl.arange(0, BM), tl.arange(0, C))
-    rows, th, wy = i < m, tile(theta, row0, u, i, left, m), tile(q, row0, u, i, left, m)
-    k_in, D_C = tl.load(kappa_in + bc * m + i, mask=rows, other=0.0), tile(suffix, row0, u, i, left, m)
-    wx, a = -th * (tile(kappa, row0, u, i, left, m) + D_C * D_C * k_in[None, :]), 1 - th
-    X = wy * tile(Y, row0, u, i, left, m) + wx * tile(S, row0, u, i, left, m)
-    v = tl.load(HL + bc * m + i, mask=rows, other=0.0)
-    for j in range(tl.minimum(left, C)):
-        at = (row0 + j) * m + i
-        D = tl.cumprod(tl.where(u[:, None] > j, a, 1.0), 0)                 # D(u, j) for u >= j
-        M_j, K_j = tl.load(M + (bc * C + u) * C + j), tl.load(K + (bc * C + u) * C + j)
-        to_W = wy * M_j[:, None] + wx * K_j[:, None] - X
-        to_Z = tl.load(Z + at, mask=rows, other=0.0) - v
-        D_Cj, th_j = tl.load(suffix + at, mask=rows, other=0.0), tl.load(theta + at, mask=rows, other=0.0)
-        grad = D_Cj * to_Z + tl.sum(tl.where(u[:, None] >= j, D * to_W, 0.0), 0)
-        k_j = tl.load(kappa + at, mask=rows, other=0.0) + D_Cj * D_Cj * k_in
-        grad -= (1 - th_j) * k_j * tl.load(hx_n + at, mask=rows, other=0.0)
-        tl.store(dtheta + at, grad, mask=rows)
-        X, v = X + th_j[None, :] * to_W, v + th_j * to_Z
 
-
-# ------------------------------------------------------------------------------------------------------------ one step
-
-@triton.jit
-def step_kernel(h, x, rows, theta, phi, y, eps, m: constexpr, d: constexpr, k: constexpr, BK: constexpr, BD: constexpr,
-                PART: constexpr, DENSE: constexpr):
-    """Eqs. 10 and 11 for one token: of h[b] only the k rows in `rows` (DENSE: all) are read and written, in place.
-    A program does PART of them; y [k / PART, B, d] gets what each adds to the read."""
-    b, e = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
-    xb, acc = tl.load(x + b * d + e, mask=e < d, other=0.0).to(tl.float32), tl.zeros([BD], tl.float32)
-    for start in range(0, PART, BK):
-        i = tl.program_id(1) * PART + start + tl.arange(0, BK)
-        chosen = i < k
-        row = i.to(tl.int64) if DENSE else tl.load(rows + b * k + i, mask=chosen, other=0).to(tl.int64)
-        th = tl.load(theta + b * k + i, mask=chosen, other=0.0)
-        p, mask = h + (b * m + row[:, None]) * d + e[None, :], chosen[:, None] & (e < d)[None, :]
-        s = tl.load(p, mask=mask, other=0.0)
-        s += th[:, None] * (xb[None, :] - s)
-        tl.store(p, s, mask=mask)
-        q_t = tl.load(phi + b * k + i, mask=chosen, other=0.0) * tl.rsqrt(tl.sum(tl.where(mask, s * s, 0.0), 1) / d + eps)
-        acc += tl.sum(q_t[:, None] * s, 0)
-    tl.store(y + (tl.program_id(1) * tl.num_programs(0) + b) * d + e, acc.to(y.dtype.element_ty), mask=e < d)
+@jit
+def theta_kernel(theta, q, kappa, hx_l, S, K, Y, M, S_n, Y_n, qP, wP, Z, HL, near, sub, dtheta, T, N, m: constexpr, C: constexpr,
+                 BM: constexpr, EXACT: constexpr):
+    """dtheta_j = <lambda_j, x_j - h_{j-1}> - a_j kappa_j hx_l_j, without a division by a_j. With L, what comes in from e on,
+    lambda_j = D(e, j) L + sum_{u >= j} D(u, j) (q_u dy_u - theta_u kappa_u x_u). Needed of h_{j-1} are its inner products with L,
+    v, and with the brackets, X_u. They obey eq. 10, and move to those of x_j, Z_j = <x_j, L> and W_u, by the share theta_j.
+    From the last sub-chunk to the first, Z (in place) and hl = <H, L> go over from the L of e to that of n."""
+    bc, i, row0, left = place(T, N, m, C, BM, tl.arange(0, BM))
+    u, rows, hl = tl.arange(0, SUB), i < m, tl.load(HL + bc * m + i, mask=i < m, other=0.0)
+    last = (tl.minimum(left, C) - 1) // SUB
+    for back in range(last + 1):
+        n = (last - back) * SUB
+        P = tl.load(sub + (bc * (C // SUB) + n // SUB) * m + i, mask=i < m, other=0.0)
+        y_P, x_P = tile(qP, row0 + n, u, i, left - n, m), tile(wP, row0 + n, u, i, left - n, m)
+        v, D = tl.zeros([BM], tl.float32), tl.full([BM], 1.0, tl.float32)
+        for earlier in range(n // SUB):
+            s = n - SUB - earlier * SUB
+            Z_s = tile(Z, row0 + s, u, i, left - s, m)
+            v += D * tl.sum(tile(near, row0 + s, u, i, left - s, m) * Z_s, 0)
+            D *= tl.load(sub + (bc * (C // SUB) + s // SUB) * m + i, mask=i < m, other=0.0)
+            Z_s = tl.dot(tile_T(M, bc * C + n, u, s + u, SUB, C), y_P, Z_s * P[None, :], input_precision=EXACT)
+            Z_s = tl.dot(tile_T(K, bc * C + n, u, s + u, SUB, C), x_P, Z_s, input_precision=EXACT)
+            put(Z, row0 + s, u, i, left - s, m, Z_s)
+        v += D * hl
+        hl = P * hl + tl.sum(y_P * tile(Y, row0 + n, u, i, left - n, m) + x_P * tile(S, row0 + n, u, i, left - n, m), 0)
+        tl.debug_barrier()
+        th, wy = tile(theta, row0 + n, u, i, left - n, m), tile(q, row0 + n, u, i, left - n, m)
+        wx, a = -th * tile(kappa, row0 + n, u, i, left - n, m), 1 - th
+        X = wy * tile(Y_n, row0 + n, u, i, left - n, m) + wx * tile(S_n, row0 + n, u, i, left - n, m)
+        for j in range(tl.minimum(left - n, SUB)):
+            at, col = (row0 + n + j) * m + i, (bc * C + n + u) * C + n + j
+            D_u = tl.cumprod(tl.where(u[:, None] > j, a, 1.0), 0)               # D(u, j) for u >= j
+            to_W = wy * tl.load(M + col)[:, None] + wx * tl.load(K + col)[:, None] - X
+            to_Z = tl.load(Z + at, mask=rows, other=0.0) - v
+            D_ej, th_j = tl.sum(tl.where(u[:, None] == SUB - 1, D_u, 0.0), 0), tl.load(theta + at, mask=rows, other=0.0)
+            grad = D_ej * to_Z + tl.sum(tl.where(u[:, None] >= j, D_u * to_W, 0.0), 0)
+            grad -= (1 - th_j) * tl.load(kappa + at, mask=rows, other=0.0) * tl.load(hx_l + at, mask=rows, other=0.0)
+            tl.store(dtheta + at, grad, mask=rows)
+            X, v = X + th_j[None, :] * to_W, v + th_j * to_Z
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
 
 @functools.cache
 def tiles(m: int, d: int, dtype: torch.dtype) -> dict:
-    """Compile-time numbers for a shape (m a multiple of 16) and x's dtype. Chosen so that on sm_80, sm_89 and sm_90 no
-    kernel spills a register or needs more than 99 KB of shared memory, which tests/test_kernel_builds.py asserts."""
-    precise, bf16 = dtype == torch.float32, dtype == torch.bfloat16
-    C, BM, BD = (32, 32, 32) if precise else (32, 64, 64) if bf16 else (64, 64, 64)
+    """Compile-time numbers for a shape (m a multiple of 16) and x's dtype; BR is BM for what goes token by token. Next to no
+    kernel spills registers, none needs more than 99 KB of shared memory, which tests/test_kernel_builds.py asserts."""
+    size, bf16 = 32 if dtype == torch.float32 else 64, dtype == torch.bfloat16
     # fp16 cannot hold kappa, nor TF32 the 24 bits of float32: fp16 is multiplied in TF32, float32 without tensor cores.
     operand = tl.bfloat16 if bf16 and not INTERPRETED else tl.float32       # Triton interprets products of bf16 wrongly
-    return dict(C=C, BM=min(BM, triton.next_power_of_2(m)), BD=BD, OPERAND=operand, PRECISION="ieee" if precise else "tf32")
+    BM, BR = (min(n, triton.next_power_of_2(m)) for n in (size, 32))
+    return dict(C=size, BM=BM, BR=BR, BD=size, OPERAND=operand, PRECISION="ieee" if size == 32 else "tf32")
 
 
 @functools.cache
 def launches(m: int, d: int, dtype: torch.dtype) -> dict:
     """Every launch of the scan for a shape: kernel, compile-time arguments and launch options."""
     t = tiles(m, d, dtype)
-    small, dots = dict(m=m, C=t["C"], BM=t["BM"], num_warps=4), dict(m=m, d=d, **t, num_warps=4, num_stages=2)
+    dots = dict(m=m, d=d, **{k: v for k, v in t.items() if k != "BR"}, num_warps=4, num_stages=2)
     states = dict(dots, num_warps=4 if t["BM"] == 64 else 8)
-    # Token by token: a warp alone needs no barrier, and with chunks of 32 its registers hold the coefficients.
-    mix, rows, theta = (1, 1, 2) if t["C"] == 32 else (4, 8, 8)
-    return dict(decays=(decays_kernel, small),
+    # Token by token: a single warp waits for no other.
+    serial = dict(m=m, C=t["C"], BM=t["BR"], num_warps=1)
+    exact = dict(serial, EXACT="ieee" if dtype == torch.float32 else "tf32x3")
+    return dict(decays=(decays_kernel, serial),
                 states=(states_kernel, dict(states, BACKWARD=False, num_stages=3)),
                 states_back=(states_kernel, dict(states, BACKWARD=True)),
                 products=(products_kernel, dict(dots, GRAM=True, ROWDOT=True)),
                 products_dy=(products_kernel, dict(dots, GRAM=True, ROWDOT=False)),
                 products_L=(products_kernel, dict(dots, GRAM=False, ROWDOT=True)),
-                mix=(mix_kernel, dict(small, d=d, BACKWARD=False, num_warps=mix)),
-                mix_back=(mix_kernel, dict(small, d=d, BACKWARD=True, num_warps=mix)),
-                read=(read_kernel, dict(dots, BACKWARD=False)),
-                read_back=(read_kernel, dict(dots, BACKWARD=True, num_warps=8, num_stages=1)),
-                rows=(rows_kernel, dict(small, d=d, num_warps=rows)),
+                mix=(mix_kernel, dict(exact, d=d, GRADIENT=False)),
+                read=(read_kernel, dict(dots, BR=t["BR"], BACKWARD=False)),
+                read_back=(read_kernel, dict(dots, BR=t["BR"], BACKWARD=True, num_warps=8, num_stages=1)),
+                rows=(mix_kernel, dict(exact, d=d, GRADIENT=True)),
                 carry=(carry_kernel, dict(m=m, BM=triton.next_power_of_2(m), num_warps=4)),
-                theta=(theta_kernel, dict(small, num_warps=theta)))
+                mix_back=(mix_back_kernel, exact),
+                theta=(theta_kernel, exact))
 
 
 class Launcher:
@@ -340,68 +367,71 @@ class Launcher:
         m, d = int(self.m), int(self.d)                 # SymInts, where the compiler traces other shapes, cannot be cached
         self.launches, t = launches(m, d, x.dtype), tiles(m, d, x.dtype)
         self.C, self.N = t["C"], -(-self.T // t["C"])
-        self.MB, self.DB = -(-self.m // t["BM"]), -(-self.d // t["BD"])
+        self.MB, self.MR, self.DB = (-(-n // size) for n, size in ((self.m, t["BM"]), (self.m, t["BR"]), (self.d, t["BD"])))
         self.low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        self.grids = {states_kernel: (self.B, self.MB, self.DB), read_kernel: (self.B * self.N, self.DB), carry_kernel: (self.B,)}
+        self.grids = {states_kernel: (self.B, self.MB, self.DB), read_kernel: (self.B * self.N, self.DB), carry_kernel: (self.B,),
+                      products_kernel: (self.B * self.N * self.MB,)}
 
     def __call__(self, name: str, *args):
         kernel, options = self.launches[name]
-        kernel[self.grids.get(kernel, (self.B * self.N * self.MB,))](*args, self.T, self.N, **options)
+        kernel[self.grids.get(kernel, (self.B * self.N * self.MR,))](*args, self.T, self.N, **options)
 
 
 def room(run: Launcher, theta: Tensor) -> tuple:
     """Empty tensors for what `common` computes besides hT."""
     B, N, m, new, low = run.B, run.N, run.m, theta.new_empty, dict(dtype=run.low)
-    return (torch.empty_like(theta, **low), torch.empty_like(theta), new(B, N, m), new(B, N, m, run.d, **low),
-            torch.empty_like(theta), new(B, N, run.C, run.C), new(B, N, m))
+    return (torch.empty_like(theta, **low), torch.empty_like(theta), new(B, N, m), new(B, N, run.C // SUB.value, m),
+            new(B, N, m, run.d, **low), torch.empty_like(theta), new(B, N, run.C, run.C), new(B, N, m))
 
 
 def common(run: Launcher, theta, x, h0):
-    """What forward and backward begin with: suffix, keep, the states, and the inner products of x with them and itself."""
-    hT, (write, suffix, keep, states, S, K, n0) = torch.empty_like(h0), room(run, theta)
-    run("decays", theta, write, suffix, keep)
+    """What forward and backward begin with: decays, the states, and the inner products of x with them and itself."""
+    hT, (write, near, keep, sub, states, S, K, n0) = torch.empty_like(h0), room(run, theta)
+    run("decays", theta, write, near, keep, sub)
     run("states", write, x, write, x, keep, h0, states, hT)
     run("products", x, x, states, states, S, K, n0)
-    return hT, write, suffix, keep, states, S, K, n0
+    return hT, write, near, keep, sub, states, S, K, n0
 
 
-def forward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float,
-            recompute: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, eps: float, recompute: bool
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """scan_triton for m and d in multiples of 16: y, hT and the rest of `common` for the gradient, empty if recompute."""
     theta, phi, x, h0 = (v.contiguous() for v in (theta, phi, x, h0))
     run = Launcher(theta, x)
     with torch.cuda.device_of(x):
         hT, *kept = common(run, theta, x, h0)
-        write, suffix, keep, states, S, K, n0 = kept
-        y, A, qF = torch.empty_like(x), write.new_empty(run.B * run.N, run.MB, run.C, run.C), torch.empty_like(write)
-        run("mix", theta, phi, S, K, n0, suffix, suffix, keep, A, qF, eps)
+        write, near, _, sub, states, S, K, n0 = kept
+        y, A, qF = torch.empty_like(x), write.new_empty(run.B * run.N, run.MR, run.C, run.C), torch.empty_like(write)
+        S_n, qP = theta.new_empty(2, *theta.shape).unbind()
+        run("mix", theta, phi, S, K, n0, near, sub, S_n, qP, A, qF, *8 * [S], eps)
         run("read", qF, states, A, x, qF, states, A, x, y)
     return y, hT, *(v.new_empty(0) if recompute else v for v in kept)
 
 
-def backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, write: Tensor, suffix: Tensor, keep: Tensor, states: Tensor,
-             S: Tensor, K: Tensor, n0: Tensor, dy: Tensor, dhT: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, write: Tensor, near: Tensor, keep: Tensor, sub: Tensor,
+             states: Tensor, S: Tensor, K: Tensor, n0: Tensor, dy: Tensor, dhT: Tensor, eps: float
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of theta, phi, x and h0."""
     theta, phi, x, h0, dy, dhT = (v.contiguous() for v in (theta, phi, x, h0, dy, dhT))
     run = Launcher(theta, x)
     with torch.cuda.device_of(x):
         if not states.numel():
-            _, write, suffix, keep, states, S, K, n0 = common(run, theta, x, h0)
+            _, write, near, keep, sub, states, S, K, n0 = common(run, theta, x, h0)
         dphi, dtheta, M, kappa_0 = (torch.empty_like(v) for v in (theta, theta, K, h0[..., 0]))
-        Y, Z, q, kappa, hx_n = theta.new_empty(5, *theta.shape).unbind()    # what only the kernels need, in few allocations
+        Y, Z, q, kappa, hx_l, S_n, Y_n, qP, wP = theta.new_empty(9, *theta.shape).unbind()     # few allocations
         HL, kappa_out, kappa_in = keep.new_empty(3, *keep.shape).unbind()
         run("products_dy", dy, x, states, states, Y, M, n0)
         # A and q F for the gradient of the reads, and the like with -theta kappa for that of the writes and norms.
-        A, A2 = write.new_empty(2, run.B * run.N, run.MB, run.C, run.C).unbind()
+        A, A2 = write.new_empty(2, run.B * run.N, run.MR, run.C, run.C).unbind()
         qF, wF = write.new_empty(2, *write.shape).unbind()
-        run("rows", theta, phi, S, K, Y, M, n0, q, dphi, kappa, hx_n, kappa_out, A, qF, dtheta, eps)
+        run("rows", theta, phi, S, K, n0, near, sub, S_n, qP, A, qF, Y, M, Y_n, q, dphi, dtheta, hx_l, kappa_out, eps)
         run("carry", kappa_out, keep, kappa_in, kappa_0)
-        run("mix_back", theta, phi, S, K, n0, suffix, kappa, kappa_in, A2, wF, eps)
+        run("mix_back", theta, dtheta, kappa_in, near, sub, kappa, wP, A2, wF)      # dtheta is still room for c
         Ls, dh0, dx = torch.empty_like(states), torch.empty_like(h0), torch.empty_like(x)
         run("states_back", qF, dy, wF, x, keep, dhT, Ls, dh0)
         run("products_L", x, x, Ls, states, Z, M, HL)
         run("read_back", write, Ls, A, dy, wF, states, A2, x, dx)
-        run("theta", theta, q, kappa, kappa_in, hx_n, S, K, Y, M, Z, HL, suffix, dtheta)
+        run("theta", theta, q, kappa, hx_l, S, K, Y, M, S_n, Y_n, qP, wP, Z, HL, near, sub, dtheta)
     return dtheta, dphi, dx, dh0.addcmul_(kappa_0[..., None], h0, value=-1)
 
 
@@ -446,7 +476,7 @@ class Scan(torch.autograd.Function):
     backward = staticmethod(once_differentiable(functools.partial(gradients, operator=backward)))
 
 
-# ------------------------------------------------------------------------------------------------- the checked functions
+# -------------------------------------------------------------------------------------------------- the checked function
 
 def why_not(device: torch.device, m: int, d: int, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run, in a few words; None if they can."""
@@ -468,8 +498,8 @@ def scan_triton(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None,
 
     theta, phi [B, T, m] in [0, 1], m up to 512; x [B, T, d] in float32, bf16 or fp16, d up to 4096; h0 [B, m, d] or None for
     zeros. Returns y [B, T, d] in x's dtype and hT [B, m, d] in float32. Differentiable in all four. Weights, lengths and the
-    carried state are float32; with x in bf16 the matrix products are bf16. For the gradient the states before the chunks are
-    kept, and the inner products of x with them and with itself (m + C per token); with recompute=True only the inputs.
+    carried state are float32; with x in bf16 the products that grow with d are bf16. For the gradient the states before the
+    chunks are kept, and a few numbers for each token and row; with recompute=True only the inputs.
     Raises ValueError for shapes that do not fit and where the kernels cannot run (see `why_not`).
     """
     (B, T, m), d = theta.shape, x.shape[2]
@@ -488,31 +518,3 @@ def scan_triton(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor | None = None,
     run = scan if torch.compiler.is_compiling() else Scan.apply
     y, hT, *_ = run(theta.float(), phi.float(), x, h0, eps, recompute)
     return y[..., :d], hT[:, :m, :d].contiguous()
-
-
-def step_triton(h: Tensor, x: Tensor, theta: Tensor, phi: Tensor, rows: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """One token, eqs. 10 and 11: changes h [B, m, d] (float32, contiguous) in place and returns y [B, d] in x's dtype.
-
-    theta, phi [B, k] are the weights of the rows [B, k], which must differ within a text; rows None: of all m. Of h only
-    these rows are read and written. No gradient. Raises ValueError for a state that cannot be changed in place.
-    """
-    (B, m, d), k = h.shape, theta.shape[1]
-    if h.dtype != torch.float32 or not h.is_contiguous():
-        raise ValueError(f"the state must be float32 and contiguous, not {h.dtype} with strides {h.stride()}")
-    x, theta, phi, t = x.contiguous(), theta.float().contiguous(), phi.float().contiguous(), step_tiles(B, k, d)
-    parts = -(-k // t["PART"])
-    y = x.new_empty(parts, B, d, dtype=torch.float32 if parts > 1 else x.dtype)
-    with torch.cuda.device_of(x):
-        step_kernel[B, parts](h, x, theta if rows is None else rows.contiguous(), theta, phi, y, eps, m=m, d=d, k=k,
-                              DENSE=rows is None, **t)
-    return y.sum(0).to(x.dtype) if parts > 1 else y[0]
-
-
-def step_tiles(B: int, k: int, d: int) -> dict:
-    """The whole width of a row, as many rows at once as registers hold, and no more warps than have numbers of their own. With
-    many rows and few texts they are divided among programs, about 128 in all, or most of the GPU would be idle."""
-    BD = max(16, triton.next_power_of_2(d))
-    BK = max(1, min(triton.next_power_of_2(k), 8192 // BD))
-    turns = -(-k // BK)
-    PART = BK * (-(-turns // max(1, 128 // B)) if turns >= 4 else turns)
-    return dict(BK=BK, BD=BD, PART=PART, num_warps=max(1, min(8, BK * BD // 1024)))

@@ -2,8 +2,9 @@
 
 Prints, for bf16, m 64 and d 1024 on sm_90 (or --capability N), of each kernel: registers of a program, bytes spilled, shared
 memory, and how many instructions its code has, of them shuffles between threads, barriers, tensor core products, accesses to
-memory and to shared memory. The recurrences (mix, mix_back, rows, theta) run their loop once per token of a chunk.
+memory and to shared memory. And how many instructions a warp executes in a chunk, by how often each loop is run (`executed`).
 """
+import math
 import os
 import re
 import subprocess
@@ -18,7 +19,8 @@ from experiments.command import parser, save
 
 KINDS = {"shuffles": "SHFL", "barriers": "BAR", "products": "HGMMA|HMMA|WGMMA", "memory": "LDG|STG|LDGSTS",
          "in shared": "LDS|STS|LDSM"}
-COLUMNS = "kernel", "warps", "registers", "spilled", "shared", "all", *KINDS
+SERIAL = "mix", "mix_back", "rows", "theta"     # the kernels that go token by token
+COLUMNS = "kernel", "warps", "registers", "spilled", "shared", "all", "executed", *KINDS
 
 
 def tool(name):
@@ -34,7 +36,7 @@ def build(capability, dtype, m, d, generation=True):
     from triton.backends.compiler import GPUTarget
 
     import kernel
-    from fast import decode_gpu
+    from fast import decode_gpu, step_gpu
     name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     low = "*bf16" if dtype == torch.bfloat16 else "*fp32"
     types = {**dict.fromkeys("write w1 w2 wF qF A A1 A2 states states1 states2".split(), low),
@@ -42,11 +44,11 @@ def build(capability, dtype, m, d, generation=True):
              **dict.fromkeys(("eps", "tau"), "fp32"), "rows": "*i64"}
     # of add_norm and silu_mul
     wide = {"x": "*fp32", "y": name[dtype], "low": name[dtype], "both": name[dtype]}
-    step = dict(m=m, d=d, k=m // 4, DENSE=False, **kernel.step_tiles(1, m // 4, d))
+    step = dict(m=m, d=d, k=m // 4, DENSE=False, **step_gpu.step_tiles(1, m // 4, d))
     BM, BD = triton.next_power_of_2(m), triton.next_power_of_2(d)
-    others = {"step": (kernel.step_kernel, step)}
+    others = {"step": (step_gpu.step_kernel, step)}
     if generation:
-        route = dict(m=m, d=d, k=max(m // 4, 1), BM=BM, **kernel.step_tiles(1, m, d))
+        route = dict(m=m, d=d, k=max(m // 4, 1), BM=BM, **step_gpu.step_tiles(1, m, d))
         others |= {"add_norm": (decode_gpu.add_norm_kernel, dict(d=d, BD=BD, ADD=True, LOW=dtype != torch.float32, num_warps=4)),
                    "silu_mul": (decode_gpu.silu_mul_kernel, dict(n=d, BLOCK=1024, num_warps=4)),
                    "route_step": (decode_gpu.route_step_kernel, route)}
@@ -79,13 +81,39 @@ def source_of(function, signature, constants):
     return ASTSource(function, variable, constants, AttrsDescriptor.from_hints(aligned))
 
 
-def instructions(binary):
-    """{kind: number in the machine code}, "all" included; {} where NVIDIA's disassembler is missing."""
+def instructions(binary, C):
+    """{kind: number in the machine code}, "all" included, and "executed"; {} where NVIDIA's disassembler is missing."""
     if not tool("nvdisasm").exists():
         return {}
     code = subprocess.run([tool("nvdisasm"), "-c", binary], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
-    return {"all": len(found), **{kind: sum(bool(re.fullmatch(names, op)) for op in found) for kind, names in KINDS.items()}}
+    found, labels, loops = [], {}, []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif op := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
+            target = re.search(r"`\((\.L_x_\d+)\)", line)
+            if op[1] == "BRA" and target and target[1] in labels:          # backwards
+                loops.append(range(labels[target[1]], len(found) + 1))
+            found.append(op[1])
+    loops = [loop for loop in loops if len(loop) > 1]                       # the end of a program branches to itself
+    counts = {kind: sum(bool(re.fullmatch(names, op)) for op in found) for kind, names in KINDS.items()}
+    return {"all": len(found), "executed": executed(found, loops, C), **counts}
+
+
+def executed(found, loops, C):
+    """How many instructions a warp of a kernel that goes token by token executes in a chunk of C tokens, from its operations and
+    the ranges of its loops. A loop with loops in it is over the C / 16 sub-chunks; one in it with products is over the
+    sub-chunks before, half of them on average, one without over 16 tokens. One outside is over all tokens, several at once if
+    it stores several times; its like that does what is left over is not run."""
+    def times(loop):
+        ops, outer = found[loop.start:loop.stop], any(loop[0] in other and other != loop for other in loops)
+        if any(other[0] in loop and other != loop for other in loops):
+            return C / 16
+        if outer:
+            return (C / 16 - 1) / 2 if any(re.fullmatch(KINDS["products"], op) for op in ops) else 16
+        stores = sum(op == "STG" for op in ops)
+        return C / stores if stores > 1 else 0
+    return round(sum(math.prod(times(loop) for loop in loops if i in loop) for i in range(len(found))))
 
 
 def main(argv=None):
@@ -99,8 +127,15 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as cache:
         os.environ.update(TRITON_INTERPRET="0", TRITON_CACHE_DIR=cache)
         try:
+            import kernel
             for row, binary in build(a.capability, torch.bfloat16, a.m, a.d):
-                rows.append({**row, **instructions(binary)})
+                t = kernel.tiles(a.m, a.d, torch.bfloat16)
+                found = instructions(binary, t["C"])
+                if row["kernel"] in SERIAL:
+                    found |= {"C": t["C"], "rows": t["BR"]}
+                else:
+                    found.pop("executed", None)
+                rows.append({**row, **found})
                 for words in ([COLUMNS] if len(rows) == 1 else []) + [[rows[-1].get(column, "") for column in COLUMNS]]:
                     print("  ".join(f"{word!s:>11}" for word in words), flush=True)
         except (ImportError, OSError, subprocess.CalledProcessError, ValueError) as e:

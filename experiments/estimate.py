@@ -1,7 +1,7 @@
 """Estimates, not measurements, of times on a GPU: python -m experiments.estimate [--json FILE]
 
 The scan's kernels (B 8, T 4096, d 1024, m 64, bf16): the bytes of the tensors that each launch is given (read or written once),
-the FLOPs of its products, and where it goes token by token the instructions of its machine code (results/builds_sm90.json), from
+the FLOPs of its products, and where it goes token by token the instructions that it executes (results/builds_sm90.json), from
 which follows a time on an H100. And the GPU preset of train.py on three cards: time of a step, of the run, and memory.
 
 What is assumed stands below as constants. `python -m experiments.gpu` measures the same on a GPU.
@@ -9,6 +9,7 @@ What is assumed stands below as constants. `python -m experiments.gpu` measures 
 import contextlib
 import functools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiments.builds import SERIAL
 from experiments.command import parser, save
 from experiments.tables import table
 from training.device import flops_per_token
@@ -31,10 +33,8 @@ LATENCY = 4             # cycles between two instructions of a warp that depend 
 HOST = 8e-6             # seconds that PyTorch takes to launch a kernel
 PER_TOKEN_AND_LAYER = 63.3                      # bytes that autograd keeps, times d_model (docs/scaling.md)
 SHAPE = dict(B=8, T=4096, d=1024, m=64)
-SERIAL = "mix", "mix_back", "rows", "theta"
 # arguments that a launch does not touch, since the kernel has another use too
-IDLE = {"states": ("w2", "v2"), "products_dy": ("rowdot",), "products_L": ("x", "K"), "mix": ("suffix", "kappa", "kappa_in"),
-        "mix_back": ("phi", "S", "K", "n0")}
+IDLE = {"states": ("w2", "v2"), "products_dy": ("rowdot",), "products_L": ("x", "K")}
 
 
 def launched(B, T, d, m, C=None):
@@ -56,7 +56,7 @@ def launched(B, T, d, m, C=None):
         elif name.startswith("read"):
             width = (m + run.C) * (2 if options["BACKWARD"] else 1)
         calls.append((name, sum(v.numel() * v.element_size() for v in used.values()), 2 * tokens * width * d,
-                      run.B * run.N * run.MB))
+                      run.B * run.N * run.MR))
 
     theta, x = torch.empty(B, T, m, device="meta"), torch.empty(B, T, d, device="meta", dtype=torch.bfloat16)
     h = torch.empty(B, m, d, device="meta")
@@ -77,15 +77,14 @@ def launched(B, T, d, m, C=None):
 def scan_seconds(card, code, B, T, d, m):
     """(forward, backward): a row for each launch of the scan, with its estimate. code: {kernel: what it is compiled to}."""
     forward, backward = launched(B, T, d, m)
-    import kernel
     bandwidth, peak, processors, clock, _ = CARDS[card]
-    C = kernel.tiles(m, d, torch.bfloat16)["C"]
 
     def row(name, moved, flops, programs):
         bounds = {"memory": moved / bandwidth / BANDWIDTH, "products": flops / peak / PRODUCTS}
         if name in SERIAL:
-            warps = programs * code[name]["warps"] / (4 * processors)
-            bounds["instructions"] = code[name]["all"] * C * max(warps, LATENCY) / clock
+            # of each of the four schedulers of a multiprocessor, and how many of them its registers hold at once
+            warps, held = (n * code[name]["warps"] / 4 for n in (programs / processors, 2**16 // code[name]["registers"]))
+            bounds["instructions"] = code[name]["executed"] * max(warps, LATENCY * math.ceil(warps / held)) / clock
         bound = max(bounds, key=bounds.get)
         return dict(kernel=name, bytes=moved, flops=flops, bound=bound, seconds=START + bounds[bound])
 
@@ -146,7 +145,7 @@ def tables(found):
                      f"**{1e6 * found[way]['seconds']:.0f}**"])
     cards = [[c["card"], *(f"{1e3 * c[f'{part}_seconds']:.0f}" for part in ("products", "scan", "other", "host", "step")),
               f"{c['run_seconds'] / 60:.1f}", f"{c['share']:.0%}", f"{c['bytes'] / 1e9:.1f}"] for c in found["preset"]]
-    return (table(["kernel", "MB, chunks of 64", "MB", "GFLOP", "bound by", "us on an H100, estimated"], rows),
+    return (table(["kernel", "MB, chunks of 32", "MB", "GFLOP", "bound by", "us on an H100, estimated"], rows),
             table(["GPU preset, estimated", "products, ms", "scan", "other", "launches by the host", "a step, ms",
                    "650 steps, minutes", "share of the peak", "memory, GB"], cards))
 
@@ -155,13 +154,12 @@ def tables(found):
 def estimates():
     code = {row["kernel"]: row for row in json.loads((HERE / "results/builds_sm90.json").read_text(encoding="utf-8"))}
     found = {"shape": SHAPE, "kernels": []}
-    now, before_now = scan_seconds("H100", code, **SHAPE), launched(**SHAPE, C=64)
+    now, before_now = scan_seconds("H100", code, **SHAPE), launched(**SHAPE, C=32)
     for way, rows, before in zip(("forward", "backward"), now, before_now, strict=True):
         for row, (_, moved, *_) in zip(rows, before, strict=True):
             row["bytes_before"] = moved
         found["kernels"] += rows
         found[way] = {key: sum(row[key] for row in rows) for key in ("bytes", "bytes_before", "seconds")}
-    found["backward"]["bytes_before"] += found["kernels"][0]["bytes_before"]    # the decays were computed a second time
     return {**found, "preset": [preset_on(card, code) for card in CARDS]}
 
 

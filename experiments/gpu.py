@@ -78,7 +78,8 @@ def right(report):
     for dtype in DTYPES:
         for m, d in shapes:
             def measure(m=m, d=d, dtype=dtype):
-                errors = check.errors(kernels(), DEVICE, m, d, dtype)
+                from fast.step_gpu import step_triton
+                errors = check.errors(kernels(), step_triton, DEVICE, m, d, dtype)
                 worst = max(errors, key=errors.get)
                 return {"right": errors[worst] <= check.TOLERANCE[dtype], "worst": worst, "error": errors[worst]}
             report.row(f"{str(dtype)[6:]} m {m} d {d}", measure)
@@ -171,18 +172,18 @@ def tile_sweep(report):
             best = min(times, key=times.get)
             return {"code": f"{name}: dict(..., {best})", "best ms": times[best], "all": found}
         report.row(name, measure)
-    for C, BM, BD in [(C, BM, BD) for C in (16, 32, 64) for BM in (16, 32, 64) for BD in (64, 128)] if GPU else [(16, 16, 16)]:
-        def measure(C=C, BM=BM, BD=BD):
+    for C, BR, BD in [(C, BR, BD) for C in (32, 64, 128) for BR in (16, 32, 64) for BD in (64, 128)] if GPU else [(16, 16, 16)]:
+        def measure(C=C, BR=BR, BD=BD):
             tiles = k.tiles
             try:
-                k.tiles = lambda *shape: {**tiles(*shape), "C": C, "BM": BM, "BD": BD}
+                k.tiles = lambda *shape: {**tiles(*shape), "C": C, "BR": BR, "BD": BD}
                 k.launches.cache_clear()
                 work()
                 return {"both ms": 1e3 * clock({"both": work}, 5 if GPU else 1)["both"][0]}
             finally:
                 k.tiles = tiles
                 k.launches.cache_clear()
-        report.row(f"C={C}, BM={BM}, BD={BD}", measure)
+        report.row(f"C={C}, BR={BR}, BD={BD}", measure)
 
 
 def steps(report):

@@ -2,6 +2,7 @@
 
     chunked.py    the chunked form as one operator with a gradient of its own: form "fast", on any device with float64
     ../kernel.py  Triton kernels: form "kernel", on NVIDIA GPUs
+    step_gpu.py   one step of it
     graph.py      generation as a CUDA graph
     decode_gpu.py what the graph holds: a step in few launches
     decode.py     generation on a CPU, in fewer calls
@@ -52,9 +53,11 @@ def no_kernel(device: torch.device, m: int, d: int, dtype: torch.dtype) -> str |
     """Why kernel.py cannot be used, or should not, or None. Imported only here and below: all else works without Triton."""
     try:
         import kernel
+
+        from .step_gpu import step_triton
         reason = kernel.why_not(device, m, d, dtype)
         if not reason and check.WANTED:
-            reason = check.wrong(kernel, device, m, d, dtype)
+            reason = check.wrong(kernel, step_triton, device, m, d, dtype)
     except ImportError as e:
         reason = f"{e.name or e} is not installed"
     if reason:
@@ -84,7 +87,7 @@ def step(h: Tensor, xbar: Tensor, theta: Tensor, phi: Tensor, rows: Tensor | Non
     theta, phi [B, k] are the weights of the rows [B, k]; rows None: of all m. Of h only these rows are read and written.
     """
     if h.dtype == torch.float32 and h.is_contiguous() and choose(form, h.device, *h.shape[1:], xbar.dtype)[0] == "kernel":
-        from kernel import step_triton
+        from .step_gpu import step_triton
         return step_triton(h, xbar, theta, phi, rows, eps), h
     part = h
     if rows is not None:

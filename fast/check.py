@@ -5,6 +5,7 @@ an input that has all the cases (a part of a chunk, theta of exactly 0 and 1, a 
 chunked.py in float64. FMEM_CHECK=0 leaves it out.
 """
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 WANTED = os.environ.get("FMEM_CHECK") != "0"
 
 
-def wrong(kernel, device: torch.device, m: int, d: int, dtype: torch.dtype) -> str | None:
-    """What the kernels of the module `kernel` get wrong for m rows of d numbers, in a few words; None if nothing."""
+def wrong(kernel, step: Callable, device: torch.device, m: int, d: int, dtype: torch.dtype) -> str | None:
+    """What the kernels of the module `kernel` and `step` get wrong for m rows of d numbers, in a few words; None if nothing."""
     try:
-        for name, error in errors(kernel, device, m, d, dtype).items():
+        for name, error in errors(kernel, step, device, m, d, dtype).items():
             if not error <= TOLERANCE[dtype]:               # NaN is not
                 return f"{name} is wrong here by {error:.1e} of its size; please report it, with GPU and Triton version"
     except Exception as e:                                  # compilers, drivers and launches raise all sorts
@@ -27,10 +28,10 @@ def wrong(kernel, device: torch.device, m: int, d: int, dtype: torch.dtype) -> s
     return None
 
 
-def errors(kernel, device: torch.device, m: int, d: int, dtype: torch.dtype) -> dict[str, float]:
+def errors(kernel, step: Callable, device: torch.device, m: int, d: int, dtype: torch.dtype) -> dict[str, float]:
     """The relative root mean square error of every output, gradient and step. It may be asked for where no gradients are kept."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        found = [*scans(kernel, device, m, d, dtype), *steps(kernel, device, m, d, dtype)]
+        found = [*scans(kernel, device, m, d, dtype), *steps(step, device, m, d, dtype)]
         return {name: ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item() for name, got, want in found}
 
 
@@ -55,7 +56,7 @@ def scans(kernel, device, m, d, dtype):
     return list(zip(names, *results, strict=True))
 
 
-def steps(kernel, device, m, d, dtype):
+def steps(step, device, m, d, dtype):
     """The same of a step that takes all rows, and of one that takes some."""
     theta, phi, x, h, *_ = (v.to(device) for v in inputs(1, m, d))
     theta, phi, x, found = theta[:, 0] + 0.1 / m, phi[:, 0], x[:, 0].to(dtype), []
@@ -63,7 +64,7 @@ def steps(kernel, device, m, d, dtype):
         rows = None if k == m else torch.stack([torch.arange(k), m - 1 - torch.arange(k)]).to(device)
         mine, some = h.clone(), torch.arange(m, device=device).expand(2, m) if rows is None else rows
         th, ph = (v.gather(1, some).contiguous() for v in (theta, phi))
-        y = kernel.step_triton(mine, x, th, ph, rows, 1e-5)
+        y = step(mine, x, th, ph, rows, 1e-5)
         at = some[..., None].expand(-1, -1, d)
         part = torch.lerp(h.double().gather(1, at), x.double()[:, None].expand(-1, k, -1), th.double()[..., None])      # eq. 10
         want = torch.einsum("bk,bkd->bd", ph.double() * torch.rsqrt(part.square().mean(-1) + 1e-5), part)               # eq. 11

@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from kernel import MAX_D, MAX_M, step_tiles
+from kernel import MAX_D, MAX_M
+
+from .step_gpu import step_tiles
 
 
 @triton.jit

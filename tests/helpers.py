@@ -22,8 +22,9 @@ try:
     import triton
 
     import kernel
+    from fast.step_gpu import step_tiles, step_triton
 except ImportError:
-    triton = kernel = None
+    triton = kernel = step_tiles = step_triton = None
 
 GPU = torch.cuda.is_available()
 torch.set_flush_denormal(True)

@@ -10,16 +10,29 @@ import torch
 import fast
 from fast import check, graph
 from fmem import scan, scan_loop
-from tests.helpers import DEVICE, GPU, KERNEL_ERROR, ROOT, error, kernel, needs_triton, scan_inputs, with_gradients
+from tests.helpers import (
+    DEVICE,
+    GPU,
+    KERNEL_ERROR,
+    ROOT,
+    error,
+    kernel,
+    needs_triton,
+    scan_inputs,
+    step_triton,
+    triton,
+    with_gradients,
+)
 
 # Mistakes after which every kernel still runs: (what, the line as it stands, with the mistake).
 MISTAKES = [
+    ("the write counts the token itself as decayed", "m, th * D_e * D[None, :])", "m, th * (1 - th) * D_e * D[None, :])"),
+    ("keep without the first token", "tl.sum(tl.where(u[:, None] == 0, (1 - th) * D_e", "tl.sum(tl.where(u[:, None] == 0, D_e"),
     (
-        "the write counts the token itself as decayed",
-        "put(write, row0, t, i, left, m, th * D)",
-        "put(write, row0, t, i, left, m, th * D * (1 - th))",
+        "a sub-chunk that decays with the next",
+        "        tl.store(sub + (bc * (C // SUB) + n // SUB)",
+        "        tl.store(sub + (bc * (C // SUB))",
     ),
-    ("keep without the first token", "put(keep, bc, t, i, 1, m, (1 - th) * D)", "put(keep, bc, t, i, 1, m, D)"),
     (
         "the states of a chunk before",
         "        S *= tl.load(keep + (b * N + c) * m + i,",
@@ -27,40 +40,72 @@ MISTAKES = [
     ),
     (
         "the norm's cross term halved",
-        "th * (2 * a * hx + th * K_tt), 0.0)\n            w =",
-        "th * (a * hx + th * K_tt), 0.0)\n            w =",
+        "th * (2 * a * hx + th * tl.load(K + row + t))",
+        "th * (a * hx + th * tl.load(K + row + t))",
     ),
     (
         "the length of a row one token late",
-        "w = tl.load(phi + at, mask=rows, other=0.0) * tl.rsqrt(n / d + eps)",
-        "w = tl.load(phi + at, mask=rows, other=0.0) * tl.rsqrt(tl.load(n0 + bc * m + i, mask=rows, other=0.0) / d + eps)",
+        "            r = tl.rsqrt(length / d + eps)",
+        "            r = tl.rsqrt(tl.load(n0 + bc * m + i, mask=rows, other=0.0) / d + eps)",
     ),
     (
         "the diagonal left out of A",
-        "E, F = tl.where(s[:, None] == t, th[None, :], E * a[None, :]), F * a\n        tl.store(A + t * C + s, tl.sum(E * w",
-        "E, F = tl.where(s[:, None] == t, 0.0, E * a[None, :]), F * a\n        tl.store(A + t * C + s, tl.sum(E * w",
+        "E, P = tl.where(u[:, None] == t, th[None, :], E * a[None, :]), P * a\n            tl.store(A",
+        "E, P = tl.where(u[:, None] == t, 0.0, E * a[None, :]), P * a\n            tl.store(A",
     ),
     (
-        "one group of rows only",
-        "            a1 += tile(A1, slab, t, t, left, C)",
-        "            a1 = tile(A1, slab, t, t, left, C)",
+        "nothing of the sub-chunks before",
+        "        acc = tl.dot(tile(K, bc * C + n, u, s + u, SUB, C), E, acc,",
+        "        acc = 0 * tl.dot(tile(K, bc * C + n, u, s + u, SUB, C), E, acc,",
     ),
-    ("the diagonal of A2 twice", "tl.where(t[:, None] > t[None, :], tile(A2", "tl.where(t[:, None] >= t[None, :], tile(A2"),
+    (
+        "sub-chunks before that do not decay",
+        "        E_T = tile_T(near, row0 + s, u, i, left - s, m) * D[:, None]",
+        "        E_T = tile_T(near, row0 + s, u, i, left - s, m)",
+    ),
+    ("one sub-chunk's decay only", "        F *= P\n    if GRADIENT", "        F = P\n    if GRADIENT"),
+    ("one group of rows only", "            a1 += tl.where(below, tile(A1,", "            a1 = tl.where(below, tile(A1,"),
+    (
+        "what was not stored",
+        "            a1 += tl.where(below, tile(A1, slab, t, t, left, C), 0.0)",
+        "            a1 += tile(A1, slab, t, t, left, C)",
+    ),
+    (
+        "A2 not symmetric",
+        "tl.where(below, tile(A2, slab, t, t, left, C), tile_T(A2, slab, t, t, left, C))",
+        "tl.where(below, tile(A2, slab, t, t, left, C), 0.0)",
+    ),
     ("dphi without the norm", "tl.store(dphi + at, r * g, mask=rows)", "tl.store(dphi + at, g, mask=rows)"),
     ("kappa decays once", "        k *= a * a", "        k *= a"),
+    ("kappa of a chunk without its decay", "k += F_t * F_t * c_t", "k += F_t * c_t"),
     ("nothing from the chunks behind", "+ D * D * k\n    tl.store(first", "+ 0 * D * D * k\n    tl.store(first"),
     (
         "the gradient of the first state without its norm",
         "    tl.store(first + b * m + i, k, mask=i < m)",
         "    tl.store(first + b * m + i, 0 * k, mask=i < m)",
     ),
-    ("dtheta without the norms", "        grad -= (1 - th_j) * k_j *", "        grad -= 0 * k_j *"),
-    ("lambda from the token after", "tl.where(u[:, None] >= j, D * to_W, 0.0)", "tl.where(u[:, None] > j, D * to_W, 0.0)"),
+    ("dtheta without the norms", "            grad -= (1 - th_j) *", "            grad -= 0 * (1 - th_j) *"),
+    ("lambda from the token after", "tl.where(u[:, None] >= j, D_u * to_W, 0.0)", "tl.where(u[:, None] > j, D_u * to_W, 0.0)"),
+    (
+        "Z of a later sub-chunk as it came in",
+        "            put(Z, row0 + s, u, i, left - s, m, Z_s)",
+        "            put(Z, row0 + s, u, i, 0, m, Z_s)",
+    ),
+    ("L reaches the state of a later sub-chunk undecayed", "        v += D * hl", "        v += hl"),
+    ("L without the sub-chunks behind", "        hl = P * hl + tl.sum(", "        hl = P * hl + 0 * tl.sum("),
     (
         "a row of the past the wrong way round",
         "X, v = X + th_j[None, :] * to_W, v + th_j * to_Z",
         "X, v = X + th_j[None, :] * to_W, v - th_j * to_Z",
     ),
+    (
+        "NaN where theta is 1",
+        "            a = 1 - th\n            hx",
+        "            a = (1 - th) * (1 - th) / (1 - th)\n            hx",
+    ),
+    ("an exception", "    run = Launcher(theta, x)\n", "    raise RuntimeError('no more\\nregisters')\n"),
+]
+STEP_MISTAKES = [
     (
         "a step reads before it writes",
         "        s += th[:, None] * (xb[None, :] - s)\n        tl.store(p, s, mask=mask)",
@@ -72,21 +117,15 @@ MISTAKES = [
         "if DENSE else i.to(tl.int64)",
     ),
     ("a step of the first text for all", "    xb, acc = tl.load(x + b * d + e,", "    xb, acc = tl.load(x + e,"),
-    (
-        "NaN where theta is 1",
-        "        a = 1 - th\n        if BACKWARD:",
-        "        a = (1 - th) * (1 - th) / (1 - th)\n        if BACKWARD:",
-    ),
-    ("an exception", "    run = Launcher(theta, x)\n", "    raise RuntimeError('no more\\nregisters')\n"),
 ]
 numbers = itertools.count()
 
 
-def changed(tmp_path, before, after):
-    """kernel.py with a change, as a module with operators of its own."""
-    source = (ROOT / "kernel.py").read_text(encoding="utf-8")
+def changed(tmp_path, before, after, name="kernel.py"):
+    """A file with a change, as a module with operators of its own."""
+    source = (ROOT / name).read_text(encoding="utf-8")
     assert before in source, before
-    path = tmp_path / "kernel.py"
+    path = tmp_path / "changed.py"
     path.write_text(source.replace(before, after, 1).replace('"fmem::', f'"fmem_changed_{next(numbers)}::'), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("changed_kernel", path)
     module = importlib.util.module_from_spec(spec)
@@ -97,8 +136,20 @@ def changed(tmp_path, before, after):
 @needs_triton
 @pytest.mark.parametrize("what, before, after", MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
 def test_a_wrong_kernel_is_noticed(what, before, after, tmp_path):
-    said = check.wrong(changed(tmp_path, before, after), torch.device(DEVICE), 34, 20, torch.float32)
+    broken = changed(tmp_path, before, after)
+    if "sub-chunk" in what and not GPU:                 # four of 8 tokens in a chunk of 32, which a GPU has no products for
+        broken.SUB = triton.language.constexpr(8)
+    m = 34 if "group of rows" in what else 20
+    said = check.wrong(broken, step_triton, torch.device(DEVICE), m, 20, torch.float16 if GPU else torch.float32)
     assert said and "\n" not in said and ("is wrong here by" in said or "they fail here (RuntimeError: no more)" in said), said
+
+
+@needs_triton
+@pytest.mark.parametrize("what, before, after", STEP_MISTAKES, ids=[mistake[0] for mistake in STEP_MISTAKES])
+def test_a_wrong_step_is_noticed(what, before, after, tmp_path):
+    step = changed(tmp_path, before, after, "fast/step_gpu.py").step_triton
+    said = check.wrong(kernel, step, torch.device(DEVICE), 20, 20, torch.float32)
+    assert said and "a step of" in said and "is wrong here by" in said, said
 
 
 @needs_triton
@@ -106,14 +157,15 @@ def test_a_wrong_kernel_is_noticed(what, before, after, tmp_path):
 def test_right_kernels_are_trusted(dtype, monkeypatch):
     """With room: their errors are a fifth of what would be refused, or less."""
     monkeypatch.setitem(check.TOLERANCE, dtype, check.TOLERANCE[dtype] / 5)
-    assert check.wrong(kernel, torch.device(DEVICE), 33, 20, dtype) is None
+    assert check.wrong(kernel, step_triton, torch.device(DEVICE), 33, 20, dtype) is None
 
 
 @needs_triton
 def test_a_tenth_too_much_is_noticed(tmp_path):
     """In one output alone, in the narrowest dtype."""
     wrong = changed(tmp_path, "tl.store(dphi + at, r * g, mask=rows)", "tl.store(dphi + at, r * g * 1.1, mask=rows)")
-    assert "the gradient of phi is wrong here by 1.0e-01" in check.wrong(wrong, torch.device(DEVICE), 8, 16, torch.bfloat16)
+    said = check.wrong(wrong, step_triton, torch.device(DEVICE), 8, 16, torch.bfloat16)
+    assert "the gradient of phi is wrong here by 1.0e-01" in said
 
 
 @needs_triton
@@ -141,13 +193,13 @@ def test_a_process_does_without_wrong_kernels(monkeypatch, capsys, fresh_choice)
 def test_the_check_leaves_everything_as_it_was():
     """Called in the middle of a step without gradients: the run's random numbers stay the same."""
     before = torch.get_rng_state()
-    form = types.SimpleNamespace(tiles=lambda *_: {"C": 16}, scan_triton=scan_loop, step_triton=None)
+    form = types.SimpleNamespace(tiles=lambda *_: {"C": 16}, scan_triton=scan_loop)
     with torch.no_grad():
-        said = check.wrong(form, torch.device("cpu"), 4, 6, torch.float32)
+        said = check.wrong(form, None, torch.device("cpu"), 4, 6, torch.float32)
         assert not torch.is_grad_enabled()
     assert "they fail here (TypeError" in said  # there is no step: the scan was right
     with torch.inference_mode():
-        assert check.wrong(form, torch.device("cpu"), 4, 6, torch.float32) == said
+        assert check.wrong(form, None, torch.device("cpu"), 4, 6, torch.float32) == said
     assert torch.equal(before, torch.get_rng_state())
 
 

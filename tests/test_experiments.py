@@ -7,7 +7,7 @@ import time
 import pytest
 
 import train as train_py
-from experiments import bench_host, bench_scan, estimate, gpu, report
+from experiments import bench_host, bench_scan, builds, estimate, gpu, report
 from experiments import run as experiments
 from tests.helpers import ROOT, kernel, log_rows, needs_triton
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -129,16 +129,27 @@ def test_estimates_are_counted_from_the_launches():
     committed = json.loads((ROOT / "experiments/results/estimates.json").read_text(encoding="utf-8"))
     again = json.loads(json.dumps(estimate.estimates()))
     assert estimate.tables(again) == estimate.tables(committed)
-    forward, backward = estimate.launched(**estimate.SHAPE, C=64)
-    assert sum(flops for _, _, flops, _ in forward) == pytest.approx(21.5e9, rel=0.01)
-    assert sum(flops for _, _, flops, _ in forward + backward) == pytest.approx(60e9, rel=0.02)
-    assert sum(moved for _, moved, *_ in forward) == pytest.approx(0.58e9, rel=0.03)
-    tokens, m, N, B = 8 * 4096, 64, 4096 // 64, 8
+    forward, backward = estimate.launched(**estimate.SHAPE)
+    tokens, m, d, C, N, B = 8 * 4096, 64, 1024, 64, 4096 // 64, 8
+    # states, S and K, y; then Y and M, L twice, Z, dx
+    assert sum(flops for _, _, flops, _ in forward) == 2 * tokens * d * (m + (m + C) + (m + C))
+    assert sum(flops for _, _, flops, _ in backward) == 2 * tokens * d * ((m + C) + 2 * m + m + 2 * (m + C))
     moved = {name: moved for name, moved, *_ in forward}
-    assert moved["decays"] == tokens * m * (4 + 2 + 4) + B * N * m * 4              # theta, write, suffix; keep
-    # wF, states, A; x and y
-    assert moved["read"] == 2 * (tokens * m + B * N * m * 1024 + tokens * 64 + 2 * tokens * 1024)
+    # theta, write, near; keep and what a row keeps over each of four sub-chunks
+    assert moved["decays"] == tokens * m * (4 + 2 + 4) + 5 * B * N * m * 4
+    # wF, states, A of two groups of rows; x and y
+    assert moved["read"] == 2 * (tokens * m + B * N * m * d + 2 * tokens * C + 2 * tokens * d)
+    assert {programs for name, _, _, programs in forward + backward} == {B * N * 2}
     assert kernel.Launcher.__call__.__name__ == "__call__" and kernel.tiles(64, 1024, gpu.DTYPE)["C"] == 32    # as before
+
+
+@needs_triton
+def test_what_a_warp_executes_is_counted_by_its_loops():
+    """A loop over sub-chunks, one over those before and one over tokens in it; one over all tokens, four at once; its rest."""
+    code = ["FADD"] * 2 + ["HMMA"] * 3 + ["FMUL"] * 5 + ["BRA"] + ["STG"] * 4 + ["FADD"] * 6
+    loops = [range(1, 11), range(2, 5), range(5, 9), range(11, 15), range(16, 18)]
+    executed = 1 * 1 + 4 * (1 + 1.5 * 3 + 16 * 4 + 2) + 16 * 4 + 1 + 0 * 2 + 3
+    assert builds.executed(code, loops, 64) == round(executed)
 
 
 @needs_triton

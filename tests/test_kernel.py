@@ -1,7 +1,7 @@
 """kernel.py in Triton's interpreter (on a GPU: compiled) against the loop in float64."""
 
 import ast
-import inspect
+import itertools
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from tests.helpers import (
     needs_triton,
     scan_inputs,
     settings,
+    step_tiles,
+    step_triton,
     tiny,
     with_gradients,
 )
@@ -107,7 +109,7 @@ def test_kernels_say_why_they_do_not_run(fresh_choice, capfd):
 @pytest.mark.parametrize("m, d, k", [(20, 70, None), (20, 70, 1), (20, 70, 5), (40, 1000, None), (45, 600, 42)])
 def test_step_kernel_touches_only_its_rows(m, d, k, poisoned):
     """Also where several programs do the rows of a text, the last two."""
-    t = kernel.step_tiles(3, k or m, d)
+    t = step_tiles(3, k or m, d)
     assert (t["PART"] < (k or m)) == (m > 20)
     g = torch.Generator().manual_seed(0)
     h, x = torch.randn(3, m, d, generator=g), torch.randn(3, d, generator=g)
@@ -117,13 +119,13 @@ def test_step_kernel_touches_only_its_rows(m, d, k, poisoned):
     full = [v if k is None else torch.zeros(3, m).scatter(1, rows, v) for v in (theta, phi)]
     want_y, want_h = scan_loop(*(v[:, None].double() for v in full), x[:, None].double(), h.double())
     now, rows = h.clone().to(DEVICE), rows if k is None else rows.to(DEVICE)
-    y = kernel.step_triton(now, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows).cpu()
+    y = step_triton(now, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows).cpu()
     assert error(y, want_y[:, 0]) < 1e-6 and error(now.cpu(), want_h) < 1e-6        # a few roundings of 2^-24
     if k:
         others = torch.ones(3, m, dtype=torch.bool).scatter(1, rows.cpu(), False)
         assert torch.equal(now.cpu()[others], h[others])
     with pytest.raises(ValueError, match="float32 and contiguous"):
-        kernel.step_triton(now.mT.contiguous().mT, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows)
+        step_triton(now.mT.contiguous().mT, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows)
 
 
 @needs_triton
@@ -163,7 +165,7 @@ def test_training_agrees_with_and_without_the_kernels(corpus, tmp_path, fresh_ch
 def test_rows_of_a_step_are_divided_where_few_texts_have_many():
     for B, k, d, programs in ((1, 16, 384, 1), (1, 64, 1024, 8), (1, 256, 1024, 32), (1, 512, 4096, 128), (64, 64, 1024, 2),
                               (256, 64, 1024, 1), (8, 512, 4096, 16)):
-        t = kernel.step_tiles(B, k, d)
+        t = step_tiles(B, k, d)
         assert t["PART"] % t["BK"] == 0 and -(-k // t["PART"]) == programs
 
 
@@ -171,33 +173,49 @@ def test_rows_of_a_step_are_divided_where_few_texts_have_many():
 @pytest.mark.parametrize("k, d", [(1, 16), (1, 128), (2, 70), (16, 384), (64, 4096), (512, 1024)])
 def test_no_two_warps_of_the_step_hold_the_same_numbers(k, d):
     """The step loads and stores the same addresses; a number held twice could be loaded after it was stored."""
-    t = kernel.step_tiles(1, k, d)
+    t = step_tiles(1, k, d)
     assert t["num_warps"] == 1 or t["BK"] * t["BD"] >= 32 * t["num_warps"] * 32
 
 
+# which arguments of a call are loaded, and which are stored; `across` begins with a barrier
+LOADS = {"tl.load": [0], "tile": [0], "tile_T": [0], "before": [0, 1, 2, 3], "across": [2, 3, 4]}
+STORES = {"tl.store": [0], "put": [0], "across": [0, 1]}
+
+
 def pointers(kernel_source, calls):
-    """The arguments of a kernel that calls of these names take as their pointer."""
+    """{argument of a kernel: the lines in which one of these calls takes it as a pointer}"""
     names = {argument.arg for argument in kernel_source.args.args} - {"row0", "bc", "b", "m", "d", "k", "n", "T", "N", "C"}
-    aliases, found = {}, set()
+    aliases, found = {}, {}
     for node in ast.walk(kernel_source):                # p, mask = h + ..., ... makes p stand for h
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
             aliases |= {ast.unparse(t): v for t, v in zip(node.targets[0].elts, node.value.elts, strict=True)}
     for node in ast.walk(kernel_source):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in calls:
-            pointer = aliases.get(ast.unparse(node.args[0]), node.args[0])
-            found |= names & {part.id for part in ast.walk(pointer) if isinstance(part, ast.Name)}
+        for n in calls.get(ast.unparse(node.func), ()) if isinstance(node, ast.Call) else ():
+            pointer = aliases.get(ast.unparse(node.args[n]), node.args[n])
+            for part in ast.walk(pointer):
+                if isinstance(part, ast.Name) and part.id in names:
+                    found.setdefault(part.id, []).append(node.lineno)
     return found
 
 
 @needs_triton
 def test_no_kernel_loads_what_it_stores():
-    """A late warp would load what an early one has stored. By the names of the pointers in the source of each kernel."""
-    files = [ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in ("kernel.py", "fast/decode_gpu.py")]
-    kernels = [node for source in files for node in source.body
-               if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")]
-    both = {node.name: pointers(node, {"tl.load", "tile", "tile_T"}) & pointers(node, {"tl.store", "put"}) for node in kernels}
-    assert len(both) == 12 and all(pointers(node, {"tl.store", "put"}) for node in kernels)
-    # rows_kernel loads c_t behind a barrier; the steps work in place, see above
+    """A late thread would load what an early one has stored. By the names of the pointers in the source of each kernel; what is
+    loaded all the same is behind a barrier."""
+    files = [(ROOT / name).read_text(encoding="utf-8") for name in ("kernel.py", "fast/step_gpu.py", "fast/decode_gpu.py")]
+    functions = {node.name: node for source in files for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    kernels, both = {name: node for name, node in functions.items() if name.endswith("_kernel")}, {}
+    for name, node in kernels.items():
+        loads, stores = pointers(node, LOADS), pointers(node, STORES)
+        barriers = [call.lineno for call in ast.walk(node) if isinstance(call, ast.Call)
+                    and ast.unparse(call.func) in ("tl.debug_barrier", "across")]
+        both[name] = loads.keys() & stores.keys() - {"h"}
+        for pointer in both[name]:
+            # a load that stands before the store is that of the next round
+            for store, load in itertools.product(stores[pointer], loads[pointer]):
+                assert any(store < line <= (load if load > store else line) for line in barriers), (name, pointer, store, load)
+    assert len(both) == 12 and all(pointers(node, STORES) for node in kernels.values())
+    assert ast.unparse(functions["across"].body[2]) == "tl.debug_barrier()"
+    # the steps work in place, on h, see above
     assert {name: names for name, names in both.items() if names} == {
-        "rows_kernel": {"c_t"}, "step_kernel": {"h"}, "route_step_kernel": {"h"}}
-    assert "tl.debug_barrier()" in inspect.getsource(kernel.rows_kernel.fn)
+        "mix_kernel": {"S_n", "Y_n", "qP"}, "mix_back_kernel": {"kappa", "wP"}, "theta_kernel": {"Z"}}
