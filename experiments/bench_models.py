@@ -16,6 +16,9 @@ from variants.build import ModelConfig, build
 
 MODELS = {"sparse": {}, "dense": {"k_rows": None}, "extended": {"conv": 4, "gate": True}, "transformer": {"mixer": "attention"},
           "mamba2": {"mixer": "mamba2"}}
+# of the experiments with ten million tokens, besides those
+CHANGED = {"shared+shift": {"shared_row": True, "shift": True}, "conv+gate": {"conv": 4, "gate": True},
+           "shared+shift+gate": {"shared_row": True, "shift": True, "gate": True}}
 
 
 def whole_model(name, quick, d_model, n_layer):
@@ -23,7 +26,7 @@ def whole_model(name, quick, d_model, n_layer):
         d_model=d_model, n_layer=n_layer, n_rows=d_model // 4, k_rows=d_model // 16)
     if name == "extended":                                      # rows twice as wide, at the MLP's expense
         size |= dict(d_memory=2 * size["d_model"], d_mlp={32: 32, 128: 184, 256: 352}[size["d_model"]])
-    return build(ModelConfig(vocab_size=1025, **{**size, **MODELS[name]})).to(DEVICE)
+    return build(ModelConfig(vocab_size=1025, **{**size, **{**MODELS, **CHANGED}[name]})).to(DEVICE)
 
 
 def train_step(model, tokens):
@@ -56,6 +59,16 @@ def table_training(quick):
         print(f"training d {d} T {T:5d}  " + show_beside(times, "transformer")
               + "".join(f"  {k} {v / 2**20:.0f} MiB" for k, v in row.get("peak_bytes", {}).items()), flush=True)
     return rows
+
+
+def table_changes(quick):
+    """(f) Training the models of ten million tokens: forward and backward of 4,096 tokens in windows of 256."""
+    names = ["sparse", *CHANGED, "transformer", "mamba2"]
+    models = {name: whole_model(name, quick, 128, 5) for name in names}
+    tokens = torch.randint(1025, (1 if quick else 16, 257), device=DEVICE)
+    times = clock({name: functools.partial(train_step, model, tokens) for name, model in models.items()}, 2 if quick else 11)
+    print(show_beside(times, "transformer"), flush=True)
+    return [dict(table="changes", tokens=tokens[:, 1:].numel(), seconds=times)]
 
 
 def context_state(model, context, B):
@@ -117,7 +130,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.bench_models", description="Measure the speed of whole models.")
     p.add_argument("--out", default="bench_models.json", help="file for the figures (default: bench_models.json)")
     p.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
-    run_tables(p, argv, (table_training, table_generation), "bench_models")
+    p.add_argument("--table", choices=("training", "generation", "changes"), help="only this one (default: all)")
+    run_tables(p, argv, (table_training, table_generation, table_changes), "bench_models")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Section 8 of the results page: the changes of variants/extended.py in language and in recall."""
+import json
 import statistics
 
 from experiments.run import CHANGES, FIFTH, LR, MORE_RECALL, MORE_TASKS, PASSKEY, RATED, RATES, RECALL, SEEDED, SEEDS, SIZE, TEN
-from experiments.tables import NAMES, over_seeds, shown, spread, table, value
+from experiments.tables import HERE, NAMES, over_seeds, shown, spread, table, value
 
-SEED = SEEDS[0]
+SEED, BENCH = SEEDS[0], HERE / "results/bench_changes.json"
 FIFTH_RATES = sorted({lr for rates in FIFTH.values() for lr in rates}, key=float)
 
 
@@ -125,17 +126,22 @@ def ten_section(done, figures):
             rows.append((*sort, [NAMES.get(model) or f"memory, `{options}`", *cells, *(gains or [""] * 3)]))
     head = ["", "no dropout", "rise at the end", "training", "dropout 0.1", "rise", "training", "gain, 0 between", "64", "1,024"]
 
+    bench, = json.loads(BENCH.read_text(encoding="utf-8"))["rows"]
+
     def draw(figure):
-        ax = figure.subplots()
-        for i, (model, options) in enumerate(TEN.items()):
-            for group, style in (("ten", "-"), ("drop", "--")):
-                if line := done.get(f"{group}/{model}_{SEED}"):
-                    curve = line["result"]["curve"]
-                    ax.plot([step * 2048 / 1e6 for step, _ in curve], [loss for _, loss in curve], style, color=f"C{i}",
-                            label=(NAMES.get(model) or options) + (", dropout 0.1" if group == "drop" else ""))
-        ax.set(xlabel="million tokens", ylabel="validation (a part of it), nats per token")
-        ax.legend(fontsize=7)
-        ax.grid(alpha=0.3)
+        for ax, over in zip(figure.subplots(1, 2, sharey=True), ("million tokens", "minutes"), strict=True):
+            for i, (model, options) in enumerate(TEN.items()):
+                for group, style in (("ten", "-"), ("drop", "--")):
+                    line, times = done.get(f"{group}/{model}_{SEED}"), bench["seconds"].get(model)
+                    if line and times:
+                        unit = 1e-6 if over == "million tokens" else times[0] / bench["tokens"] / 60
+                        steps, losses = zip(*line["result"]["curve"], strict=True)
+                        ax.plot([step * 2048 * unit for step in steps], losses, style, color=f"C{i}",
+                                label=(NAMES.get(model) or options) + (", dropout 0.1" if group == "drop" else ""))
+            ax.set(xlabel=over)
+            ax.grid(alpha=0.3)
+        figure.axes[0].set(ylabel="validation (a part of it), nats per token")
+        figure.axes[0].legend(fontsize=7)
 
     return rows and f"""**Ten million tokens**: `{SIZE.replace("--eval_every 100", "--eval_every 500")} --max_steps 5000`, six passes over
 the plays, lr {LR["transformer"]} for the Transformer and 8e-3 for the others (the rates of section 1), **one seed**. Nats per validation token; by how much
@@ -144,7 +150,10 @@ dropout that of the thinned model). Last, without dropout, how many nats per tok
 second time, with so many tokens in between. Of dropouts only 0.1 was tried.
 
 {table(head, [row for *_, row in sorted(rows)])}
-{figures.draw("ten", (6.5, 4), draw, "validation loss over ten million tokens")}
+{figures.draw("ten", (9, 4), draw, "validation loss over ten million tokens, and over minutes")}
+Minutes: tokens times the time per token with nothing else running, two threads (`python -m experiments.bench_models --table changes
+--out experiments/results/bench_changes.json`).
+
 {fifth_table(done)}"""
 
 

@@ -88,7 +88,8 @@ def run_tables(p, argv, tables, name):
     where = torch.cuda.get_device_name() if GPU else cpu
     print(f"{where}; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     result = dict(device=where, versions=versions, rows=[])
-    for table in tables:
+    wanted = getattr(a, "table", None)
+    for table in [table for table in tables if table.__name__ == f"table_{wanted}"] if wanted else tables:
         print(f"\n{table.__doc__}")
         result["rows"] += table(a.quick)
         with open(a.out, "w") as f:
