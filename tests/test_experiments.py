@@ -7,7 +7,7 @@ import time
 import pytest
 
 import train as train_py
-from experiments import bench_host, bench_scan, builds, estimate, gpu, report
+from experiments import bench_host, bench_models, bench_scan, builds, estimate, gpu, report
 from experiments import run as experiments
 from tests.helpers import ROOT, kernel, log_rows, needs_triton
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -81,6 +81,9 @@ def test_bench(tmp_path, capsys):
     assert all(low <= median <= high for row in rows for median, low, high in row.get("seconds", {}).values())
     assert all(row["share_of_roofline"] > 0 for row in rows if row["table"] == "forms")
     assert "b.json" in capsys.readouterr().out
+    bench_models.main(["--quick", "--table", "changes", "--out", str(tmp_path / "m.json")])
+    (row,) = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert {"sparse", "mamba2", *bench_models.CHANGED} < row["seconds"].keys() <= experiments.TEN.keys()
 
 
 @needs_triton
