@@ -143,6 +143,10 @@ def test_estimates_are_counted_from_the_launches():
     # wF, states, A of two groups of rows; x and y
     assert moved["read"] == 2 * (tokens * m + B * N * m * d + 2 * tokens * C + 2 * tokens * d)
     assert {programs for name, _, _, programs in forward + backward} == {B * N * 2}
+    # a program that needs all registers of a multiprocessor runs alone: 8 of them one after the other, each 4 cycles a step
+    code = {name: {"warps": 1, "registers": 2**16, "executed": 1e6} for name in builds.SERIAL}
+    seconds = {row["kernel"]: row["seconds"] for row in estimate.scan_seconds("H100", code, **estimate.SHAPE)[0]}
+    assert seconds["mix"] == pytest.approx(1e6 * 4 * 8 / 1.755e9, rel=0.01)
     assert kernel.Launcher.__call__.__name__ == "__call__" and kernel.tiles(64, 1024, gpu.DTYPE)["C"] == 32    # as before
 
 

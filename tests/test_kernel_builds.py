@@ -50,11 +50,11 @@ def test_kernels_compile_without_spills_in_99_kb(builds):
     rows = [json.loads(line) for line in (folder / "out").read_text().splitlines()]
     assert Counter(row["capability"] for row in rows) == {c: (17 if SLOW or c == 90 else 14) * len(shapes(c))
                                                           for c in CAPABILITIES}
-    # What a version of Triton spills is recorded, nothing above 16 bytes by 3.9; of a version not recorded 16 are let through.
+    # What a version of Triton spills is recorded, nothing above 24 bytes by 3.9; of a version not recorded 24 are let through.
     # A program can have 99 KB of shared memory on all but sm_100, which has 227.
     known = json.loads((ROOT / "experiments/results/builds_triton.json").read_text(encoding="utf-8")).get(triton.__version__)
     key = operator.itemgetter("capability", "kernel", "dtype", "m", "d")
     recorded = {key(row): row["spilled"] for row in known["spills"]} if known else {}
-    allowed = 0 if known else 16
+    allowed = 0 if known else 24
     assert not [row for row in rows if row["spilled"] > recorded.get(key(row), allowed) or row["registers"] > 65536
                 or row["shared"] > (227 if row["capability"] == 100 else 99) * 1024]
