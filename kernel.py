@@ -107,13 +107,15 @@ def states_kernel(w1, v1, w2, v2, keep, first, states, last, T, N, m: constexpr,
     BACKWARD: from the last chunk to the first, with a second pair, + w2^T v2. S stays in float32.
     """
     b, i, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(2) * BD + tl.arange(0, BD)
-    t = tl.arange(0, C)
-    S = tile(first, b * m, i, e, m, d)
+    t, c = tl.arange(0, C), N - 1 if BACKWARD else 0
+    S, decay = tile(first, b * m, i, e, m, d), tl.load(keep + (b * N + c) * m + i, mask=i < m, other=0.0)
     for j in range(N):
-        c = N - 1 - j if BACKWARD else j
         row0, left = b * T + c * C, T - c * C
         put(states, (b * N + c) * m, i, e, m, d, S)
-        S *= tl.load(keep + (b * N + c) * m + i, mask=i < m, other=0.0)[:, None]
+        S *= decay[:, None]
+        c += -1 if BACKWARD else 1
+        # Loaded a chunk ahead: no chunk waits for it.
+        decay = tl.load(keep + (b * N + c) * m + i, mask=i < tl.where(j < N - 1, m, 0), other=0.0)
         S = dot(tile_T(w1, row0, t, i, left, m), tile(v1, row0, t, e, left, d), S, OPERAND, PRECISION)
         if BACKWARD:
             S = dot(tile_T(w2, row0, t, i, left, m), tile(v2, row0, t, e, left, d), S, OPERAND, PRECISION)
@@ -241,32 +243,26 @@ def read_kernel(w1, states1, A1, v1, w2, states2, A2, v2, out, T, N, m: constexp
 # ------------------------------------------------------------------------------------------------------------ backward
 
 @jit
-def carry_kernel(kappa_out, keep, kappa_in, first, T, N, m: constexpr, BM: constexpr):
-    """What each chunk gets from those behind it: kappa_in of chunk c - 1 = kappa_out_c + keep_c^2 kappa_in_c; first: of none."""
-    b, i = tl.program_id(0).to(tl.int64), tl.arange(0, BM)
-    k = tl.zeros([BM], tl.float32)
-    for j in range(N):
-        at = (b * N + N - 1 - j) * m + i
-        tl.store(kappa_in + at, k, mask=i < m)
-        D = tl.load(keep + at, mask=i < m, other=0.0)
-        k = tl.load(kappa_out + at, mask=i < m, other=0.0) + D * D * k
-    tl.store(first + b * m + i, k, mask=i < m)
-
-
-@jit
-def mix_back_kernel(theta, c, kappa_in, near, sub, kappa, wP, A, wF, T, N, m: constexpr, C: constexpr, BM: constexpr,
-                    EXACT: constexpr):
-    """kappa_t = c_t + a_{t+1}^2 kappa_{t+1}, where kappa_in comes in from behind; then as above with w_t = -theta_t kappa_t."""
+def mix_back_kernel(theta, c, kappa_out, keep, near, sub, kappa, kappa_0, wP, A, wF, T, N, m: constexpr, C: constexpr,
+                    BM: constexpr, EXACT: constexpr):
+    """kappa_t = c_t + a_{t+1}^2 kappa_{t+1}, from what all chunks behind this one leave over, to kappa_0, that of the first
+    state; then as above with w_t = -theta_t kappa_t."""
     bc, i, row0, left = place(T, N, m, C, BM, tl.arange(0, BM))
     u, rows, F = tl.arange(0, SUB), i < m, tl.full([BM], 1.0, tl.float32)
     A += tl.program_id(0).to(tl.int64) * C * C
-    k, tokens = tl.load(kappa_in + bc * m + i, mask=rows, other=0.0), tl.minimum(left, C)
+    k, D, behind, tokens = 0.0 * F, F, N - 1 - (bc % N).to(tl.int32), tl.minimum(left, C)
+    for j in range(0, behind, SUB):                     # SUB chunks at a time: kappa_out, decayed by the chunks before it
+        a = tl.where((j + u)[:, None] == 0, 1.0, tile(keep, bc, j + u, i, behind, m))
+        E = D[None, :] * tl.cumprod(a * a, 0)
+        k += tl.sum(E * tile(kappa_out, bc + 1, j + u, i, behind, m), 0)
+        D = tl.sum(tl.where(u[:, None] == SUB - 1, E, 0.0), 0)
     for back in range(tokens):
         at = (row0 + tokens - 1 - back) * m + i
         a = 1 - tl.load(theta + at, mask=rows, other=0.0)
         k += tl.load(c + at, mask=rows, other=0.0)
         tl.store(kappa + at, k, mask=rows)
         k *= a * a
+    tl.store(kappa_0 + bc // N * m + i, k, mask=i < tl.where(behind == N - 1, m, 0))
     tl.debug_barrier()
     for n in range(0, tokens, SUB):
         E, P = 0.0 * tile(near, row0 + n, u, i, left - n, m), tl.full([BM], 1.0, tl.float32)
@@ -341,12 +337,15 @@ def launches(m: int, d: int, dtype: torch.dtype) -> dict:
     t = tiles(m, d, dtype)
     dots = dict(m=m, d=d, **{k: v for k, v in t.items() if k != "BR"}, num_warps=4, num_stages=2)
     states = dict(dots, num_warps=4 if t["BM"] == 64 else 8)
+    few = dict(dots, BM=16, BD=32, num_stages=3)
     # Token by token: a single warp waits for no other.
     serial = dict(m=m, C=t["C"], BM=t["BR"], num_warps=1)
     exact = dict(serial, EXACT="ieee" if dtype == torch.float32 else "tf32x3")
     return dict(decays=(decays_kernel, serial),
                 states=(states_kernel, dict(states, BACKWARD=False, num_stages=3)),
                 states_back=(states_kernel, dict(states, BACKWARD=True)),
+                states_few=(states_kernel, dict(few, BACKWARD=False)),
+                states_few_back=(states_kernel, dict(few, BACKWARD=True)),
                 products=(products_kernel, dict(dots, GRAM=True, ROWDOT=True)),
                 products_dy=(products_kernel, dict(dots, GRAM=True, ROWDOT=False)),
                 products_L=(products_kernel, dict(dots, GRAM=False, ROWDOT=True)),
@@ -354,7 +353,6 @@ def launches(m: int, d: int, dtype: torch.dtype) -> dict:
                 read=(read_kernel, dict(dots, BR=t["BR"], BACKWARD=False)),
                 read_back=(read_kernel, dict(dots, BR=t["BR"], BACKWARD=True, num_warps=8, num_stages=1)),
                 rows=(mix_kernel, dict(exact, d=d, GRADIENT=True)),
-                carry=(carry_kernel, dict(m=m, BM=triton.next_power_of_2(m), num_warps=4)),
                 mix_back=(mix_back_kernel, exact),
                 theta=(theta_kernel, exact))
 
@@ -369,8 +367,11 @@ class Launcher:
         self.C, self.N = t["C"], -(-self.T // t["C"])
         self.MB, self.MR, self.DB = (-(-n // size) for n, size in ((self.m, t["BM"]), (self.m, t["BR"]), (self.d, t["BD"])))
         self.low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        self.grids = {states_kernel: (self.B, self.MB, self.DB), read_kernel: (self.B * self.N, self.DB), carry_kernel: (self.B,),
-                      products_kernel: (self.B * self.N * self.MB,)}
+        # States follow each other chunk by chunk. Of few long texts they have smaller tiles, and so more programs.
+        self.few = "_few" if self.N > 4 and self.B * self.MB * self.DB <= 32 else ""
+        o = self.launches["states" + self.few][1]
+        self.grids = {states_kernel: (self.B, -(-self.m // o["BM"]), -(-self.d // o["BD"])),
+                      read_kernel: (self.B * self.N, self.DB), products_kernel: (self.B * self.N * self.MB,)}
 
     def __call__(self, name: str, *args):
         kernel, options = self.launches[name]
@@ -388,7 +389,7 @@ def common(run: Launcher, theta, x, h0):
     """What forward and backward begin with: decays, the states, and the inner products of x with them and itself."""
     hT, (write, near, keep, sub, states, S, K, n0) = torch.empty_like(h0), room(run, theta)
     run("decays", theta, write, near, keep, sub)
-    run("states", write, x, write, x, keep, h0, states, hT)
+    run("states" + run.few, write, x, write, x, keep, h0, states, hT)
     run("products", x, x, states, states, S, K, n0)
     return hT, write, near, keep, sub, states, S, K, n0
 
@@ -419,16 +420,15 @@ def backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, write: Tensor, n
             _, write, near, keep, sub, states, S, K, n0 = common(run, theta, x, h0)
         dphi, dtheta, M, kappa_0 = (torch.empty_like(v) for v in (theta, theta, K, h0[..., 0]))
         Y, Z, q, kappa, hx_l, S_n, Y_n, qP, wP = theta.new_empty(9, *theta.shape).unbind()     # few allocations
-        HL, kappa_out, kappa_in = keep.new_empty(3, *keep.shape).unbind()
+        HL, kappa_out = keep.new_empty(2, *keep.shape).unbind()
         run("products_dy", dy, x, states, states, Y, M, n0)
         # A and q F for the gradient of the reads, and the like with -theta kappa for that of the writes and norms.
         A, A2 = write.new_empty(2, run.B * run.N, run.MR, run.C, run.C).unbind()
         qF, wF = write.new_empty(2, *write.shape).unbind()
         run("rows", theta, phi, S, K, n0, near, sub, S_n, qP, A, qF, Y, M, Y_n, q, dphi, dtheta, hx_l, kappa_out, eps)
-        run("carry", kappa_out, keep, kappa_in, kappa_0)
-        run("mix_back", theta, dtheta, kappa_in, near, sub, kappa, wP, A2, wF)      # dtheta is still room for c
+        run("mix_back", theta, dtheta, kappa_out, keep, near, sub, kappa, kappa_0, wP, A2, wF)     # dtheta is still room for c
         Ls, dh0, dx = torch.empty_like(states), torch.empty_like(h0), torch.empty_like(x)
-        run("states_back", qF, dy, wF, x, keep, dhT, Ls, dh0)
+        run(f"states{run.few}_back", qF, dy, wF, x, keep, dhT, Ls, dh0)
         run("products_L", x, x, Ls, states, Z, M, HL)
         run("read_back", write, Ls, A, dy, wF, states, A2, x, dx)
         run("theta", theta, q, kappa, hx_l, S, K, Y, M, S_n, Y_n, qP, wP, Z, HL, near, sub, dtheta)

@@ -18,7 +18,8 @@ MODELS = {"sparse": {}, "dense": {"k_rows": None}, "extended": {"conv": 4, "gate
           "mamba2": {"mixer": "mamba2"}}
 # of the experiments with ten million tokens, besides those
 CHANGED = {"shared+shift": {"shared_row": True, "shift": True}, "conv+gate": {"conv": 4, "gate": True},
-           "shared+shift+gate": {"shared_row": True, "shift": True, "gate": True}}
+           "shared+shift+gate": {"shared_row": True, "shift": True, "gate": True},
+           "all": {"shared_row": True, "shift": True, "conv": 4, "gate": True}}
 
 
 def whole_model(name, quick, d_model, n_layer):

@@ -104,7 +104,8 @@ def executed(found, loops, C):
     """How many instructions a warp of a kernel that goes token by token executes in a chunk of C tokens, from its operations and
     the ranges of its loops. A loop with loops in it is over the C / 16 sub-chunks; one in it with products is over the
     sub-chunks before, half of them on average, one without over 16 tokens. One outside is over all tokens, several at once if
-    it stores several times; its like that does what is left over is not run."""
+    it stores several times; its like that does what is left over is not run. One that stores nothing is over the chunks behind,
+    16 at a time: 2.5 times on average if there are 64."""
     def times(loop):
         ops, outer = found[loop.start:loop.stop], any(loop[0] in other and other != loop for other in loops)
         if any(other[0] in loop and other != loop for other in loops):
@@ -112,7 +113,7 @@ def executed(found, loops, C):
         if outer:
             return (C / 16 - 1) / 2 if any(re.fullmatch(KINDS["products"], op) for op in ops) else 16
         stores = sum(op == "STG" for op in ops)
-        return C / stores if stores > 1 else 0
+        return C / stores if stores > 1 else 0 if stores else 2.5
     return round(sum(math.prod(times(loop) for loop in loops if i in loop) for i in range(len(found))))
 
 

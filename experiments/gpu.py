@@ -34,6 +34,7 @@ from variants.build import ModelConfig, build
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if GPU else (torch.bfloat16, torch.float32)
 DTYPE = torch.bfloat16 if GPU else torch.float32
 SHAPE = dict(B=8, T=4096, d=1024) if GPU else dict(B=1, T=40, d=20)
+LONG = dict(B=1, T=32768, d=1024) if GPU else dict(B=1, T=140, d=20)     # for which states_kernel has other tiles
 ROWS = (64, 256) if GPU else (6,)
 
 
@@ -79,7 +80,7 @@ def right(report):
         for m, d in shapes:
             def measure(m=m, d=d, dtype=dtype):
                 from fast.step_gpu import step_triton
-                errors = check.errors(kernels(), step_triton, DEVICE, m, d, dtype)
+                errors = dict(check.errors(kernels(), step_triton, DEVICE, m, d, dtype))
                 worst = max(errors, key=errors.get)
                 return {"right": errors[worst] <= check.TOLERANCE[dtype], "worst": worst, "error": errors[worst]}
             report.row(f"{str(dtype)[6:]} m {m} d {d}", measure)
@@ -133,9 +134,9 @@ class Timed:
 
 def kernel_times(report):
     """3. Milliseconds of each kernel, and the share of the time that reading and writing the least bytes would take."""
-    for m in ROWS:
-        def measure(m=m):
-            leaves, dy = inputs(SHAPE["B"], SHAPE["T"], m, SHAPE["d"], DTYPE)
+    for shape, m in [*((SHAPE, m) for m in ROWS), (LONG, ROWS[0])]:
+        def measure(m=m, B=shape["B"], T=shape["T"], d=shape["d"]):
+            leaves, dy = inputs(B, T, m, d, DTYPE)
             work = functools.partial(both, functools.partial(scan, form="kernel"), leaves, dy)
             work()
             with Timed() as timed:
@@ -143,19 +144,19 @@ def kernel_times(report):
                     work()
             whole = clock({"both": work}, 10 if GPU else 1)["both"][0]
             bytes_per_second, flops = ceilings(DTYPE) if GPU else (1e9, 1e9)
-            least = least_bytes(SHAPE["B"], SHAPE["T"], m, SHAPE["d"], leaves[2].element_size(), True) / bytes_per_second
+            least = least_bytes(B, T, m, d, leaves[2].element_size(), True) / bytes_per_second
             return {**{f"{name} ms": ms for name, ms in timed.fastest().items()}, "both ms": 1e3 * whole,
                     "share of the copy's speed": least / whole, "product TFLOP/s": flops / 1e12}
-        report.row(f"m {m}", measure)
+        report.row(f"B {shape['B']}, T {shape['T']}, m {m}", measure)
 
 
 def tile_sweep(report):
     """4. Warps and stages of each kernel, one after the other, then chunk and tile: the best, as code."""
     k, m, d = kernels(), (64 if GPU else 16), (1024 if GPU else 32)
-    leaves, dy = inputs(SHAPE["B"], SHAPE["T"], m, d, DTYPE)
-    work = functools.partial(both, functools.partial(scan, form="kernel"), leaves, dy)
+    work, long = (functools.partial(both, functools.partial(scan, form="kernel"), *inputs(shape["B"], shape["T"], m, d, DTYPE))
+                  for shape in (SHAPE, LONG))
     for name, (_, options) in k.launches(m, d, DTYPE).items():
-        def measure(name=name, options=options):
+        def measure(name=name, options=options, work=long if "few" in name else work):
             before, found = dict(options), {}
             for warps in (1, 2, 4, 8) if GPU else (4,):
                 for stages in ((1, 2, 3, 4) if "num_stages" in before and GPU else (None,)):

@@ -65,13 +65,19 @@ SEEDED = "shared", "shared+shift", "shared+gate", "shared+shift+gate", "conv+gat
 # ten million tokens
 TEN = {"sparse": "", "shared+shift": "--shared_row --shift", "shared+shift+gate": "--shared_row --shift --gate",
        "mamba2": "--mixer mamba2", "transformer": "--mixer attention", "conv+gate": "--conv 4 --gate", "shared": "--shared_row",
-       "all": "--shared_row --shift --conv 4 --gate"}
+       "all": "--shared_row --shift --conv 4 --gate", "dense": "--k_rows none", "extended": MODELS["extended"]}
+TEN_SEEDED = "all", "mamba2", "transformer"     # those of more seeds
 # recall again, with the rate swept for every model, four times as long
 RATES = "4e-3", "16e-3", "8e-3", "2e-3", "1e-3"
 RATED = {"shift": "--shift", "shared+shift": "--shared_row --shift", "paper": "", "shared": "--shared_row",
          "transformer": "--mixer attention --n_head 4", "mamba2": "--mixer mamba2", "conv+gate": "--conv 4 --gate",
          "conv+gate+shift": "--conv 4 --gate --shift", "read_rank": "--read_rank 8",
-         "transformer-one-head": "--mixer attention --n_head 1"}
+         "transformer-one-head": "--mixer attention --n_head 1",
+         "conv+gate+shift-before": "--conv 4 --gate --ablation shift=before"}
+# the Transformer with five times as many tokens, and with twice the width
+SOLVE = {"transformer_4e-3": (24000, "--mixer attention --n_head 4 --lr 4e-3"),
+         "transformer-128_2e-3": (12000, "--d_model 128 --mixer attention --n_head 4 --lr 2e-3"),
+         "transformer-128_5e-4": (12000, "--d_model 128 --mixer attention --n_head 4 --lr 5e-4")}
 # why the shared row helps: one part of it at a time, and what might do the same without it
 WHY = {"written": "--ablation shared=write", "read": "--ablation shared=read", "bias": "--ablation shared=bias",
        "two": "--ablation shared=2", "average": "--ablation average", "gumbel": "--ablation gumbel",
@@ -151,6 +157,8 @@ def changed():
     for model, options in TEN.items():
         lr, size = LR.get(model, "8e-3"), SIZE.replace("--eval_every 100", "--eval_every 500")
         runs[f"ten/{model}_{SEEDS[0]}"] = f"python train.py {size} {options} --lr {lr} --max_steps 5000"
+        for seed in SEEDS[1:] if model in TEN_SEEDED else ():
+            runs[f"ten/{model}_{seed}"] = f"{runs[f'ten/{model}_{SEEDS[0]}']} --seed {seed}"
         runs[f"drop/{model}_{SEEDS[0]}"] = f"{runs[f'ten/{model}_{SEEDS[0]}']} --dropout 0.1"
     for model, rates in FIFTH.items():
         for lr in rates:
@@ -200,6 +208,9 @@ def more_recall():
         for model, options in RATED.items():
             size = "--context 64 --batch_size 32 --max_steps 4800 --eval_every 400"
             runs[f"rates/{model}_{lr}_{SEEDS[0]}"] = f"python train.py --data mqar {RECALL} {size} {options} --lr {lr}"
+    for name, (steps, options) in SOLVE.items():
+        size = f"--context 64 --batch_size 32 --max_steps {steps} --eval_every 2000"
+        runs[f"solve/{name}"] = f"python train.py --data mqar {RECALL} {size} {options}"
     return runs
 
 

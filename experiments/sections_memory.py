@@ -9,6 +9,7 @@ SEED = SEEDS[0]
 HEADLINE = {"memory, as in the paper": ("short/sparse", "sparse", "paper"),
             "memory + shared row + shift": ("changes/shared+shift", "shared+shift", "shared+shift"),
             "memory + shared row + shift + gate": ("changes/shared+shift+gate", "shared+shift+gate", None),
+            "memory + all four": ("changes/shared+shift+conv+gate", "all", None),
             "memory + conv + gate": ("changes/conv+gate", "conv+gate", "conv+gate"),
             "Mamba-2": ("short/mamba2", "mamba2", "mamba2"), "Transformer": ("short/transformer", "transformer", "transformer")}
 

@@ -34,8 +34,8 @@ MISTAKES = [
     ),
     (
         "the states of a chunk before",
-        "        S *= tl.load(keep + (b * N + c) * m + i,",
-        "        S *= tl.load(keep + b * N * m + i,",
+        "        decay = tl.load(keep + (b * N + c) * m + i,",
+        "        decay = tl.load(keep + b * N * m + i,",
     ),
     (
         "the norm's cross term halved",
@@ -77,11 +77,12 @@ MISTAKES = [
     ("dphi without the norm", "tl.store(dphi + at, r * g, mask=rows)", "tl.store(dphi + at, g, mask=rows)"),
     ("kappa decays once", "        k *= a * a", "        k *= a"),
     ("kappa of a chunk without its decay", "k += F_t * F_t * c_t", "k += F_t * c_t"),
-    ("nothing from the chunks behind", "+ D * D * k\n    tl.store(first", "+ 0 * D * D * k\n    tl.store(first"),
+    ("nothing from the chunks behind", "        k += tl.sum(E * tile(kappa_out,", "        k += 0 * tl.sum(E * tile(kappa_out,"),
+    ("chunks behind that do not decay", "tl.cumprod(a * a, 0)", "tl.cumprod(0 * a + 1, 0)"),
     (
         "the gradient of the first state without its norm",
-        "    tl.store(first + b * m + i, k, mask=i < m)",
-        "    tl.store(first + b * m + i, 0 * k, mask=i < m)",
+        "    tl.store(kappa_0 + bc // N * m + i, k,",
+        "    tl.store(kappa_0 + bc // N * m + i, 0 * k,",
     ),
     ("dtheta without the norms", "            grad -= (1 - th_j) *", "            grad -= 0 * (1 - th_j) *"),
     ("lambda from the token after", "tl.where(u[:, None] >= j, D_u * to_W, 0.0)", "tl.where(u[:, None] > j, D_u * to_W, 0.0)"),
@@ -102,6 +103,7 @@ MISTAKES = [
         "            a = 1 - th\n            hx",
         "            a = (1 - th) * (1 - th) / (1 - th)\n            hx",
     ),
+    ("few long texts without half of their rows", "(self.B, -(-self.m // o[\"BM\"]),", "(self.B, self.MB,"),
     ("an exception", "    run = Launcher(theta, x)\n", "    raise RuntimeError('no more\\nregisters')\n"),
 ]
 STEP_MISTAKES = [

@@ -19,7 +19,8 @@ MIXERS = {"attention": dict(mixer="attention", n_head=4, n_kv_head=2), "mamba2":
           "conv": dict(conv=3), "gate": dict(gate=True), "both": dict(conv=4, gate=True, k_rows=None),
           "shared": dict(shared_row=True), "shared, dense": dict(shared_row=True, k_rows=None), "shift": dict(shift=True),
           "read_rank": dict(read_rank=2), "shared, shift": dict(shared_row=True, shift=True),
-          "all": dict(conv=3, gate=True, shared_row=True, shift=True, read_rank=2)}
+          "all": dict(conv=3, gate=True, shared_row=True, shift=True, read_rank=2),
+          "shift, then conv": dict(conv=3, ablation="shift=before")}
 
 
 ABLATIONS = ("eta=1", "mu=1", "eta=0.8", "mu=0.8", "untied", "norm_after", "no_renorm", "balance=0.01", "gumbel", "learned_rows",
@@ -89,7 +90,7 @@ def mamba2_reference(layer, x):
     return torch.stack(ys)
 
 
-def routed_reference(layer, u):
+def routed_reference(layer, x, u):
     """theta, phi of one text with a shared row, a shifted write, a read of its own: token by token, from the equations."""
     config, theta, phi = layer.config, [], []
 
@@ -98,11 +99,16 @@ def routed_reference(layer, u):
         chosen = alpha >= alpha.sort(descending=True).values[config.k_rows - 1] if config.k_rows else alpha >= 0
         return alpha * chosen / (alpha * chosen).sum()
 
+    if hasattr(layer, "shift"):
+        lam = 1 / (1 + torch.exp(-layer.shift))
+        moved = (1 - lam) * x + lam * torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+        moved = conv_reference(layer.conv, moved) if config.conv else None
     for t in range(len(u)):
         logits = layer.W_alpha.weight @ u[t]
         write = read = logits
-        if config.shift:
-            lam = 1 / (1 + torch.exp(-layer.shift))
+        if config.ablation:
+            write = layer.W_alpha.weight @ moved[t]
+        elif config.shift:
             write = (1 - lam) * logits + lam * (layer.W_alpha.weight @ u[t - 1] if t else 0)
         if config.read_rank:
             read = logits + layer.W_read_out.weight @ (layer.W_read_in.weight @ u[t])
@@ -117,8 +123,8 @@ def routed_reference(layer, u):
 def extended_reference(layer, x):
     """ExtendedMemory's equation around the plain memory's read."""
     u = conv_reference(layer.conv, x) if layer.config.conv else x
-    if layer.config.shared_row or layer.config.shift or layer.config.read_rank:
-        theta, phi = routed_reference(layer, u)
+    if layer.config.shared_row or layer.config.read_rank or hasattr(layer, "shift"):
+        theta, phi = routed_reference(layer, x, u)
         y = scan_loop(theta[None], phi[None], u[None] @ layer.W_i.weight.T, None, layer.config.norm_eps)[0][0]
     else:
         y = layer.read(u[None], None)[0][0]
@@ -330,7 +336,8 @@ def test_ablations_of_what_a_text_starts_with_and_of_noise():
     (dict(mixer="attention", n_head=4, n_kv_head=3), "n_kv_head"), (dict(mixer="mamba2", n_head=3), "n_head"),
     (dict(mixer="attention", n_head=16), "even"), (dict(n_head=0), "n_head"), (dict(mixer="mamba2", gate=True), "do not go with"),
     (dict(ablation="eta"), "eta=NUMBER"), (dict(ablation="eta=2"), "eta=NUMBER"), (dict(ablation="mu=x"), "mu=NUMBER"),
-    (dict(ablation="untied=1"), "untied"),
+    (dict(ablation="untied=1"), "untied"), (dict(ablation="shift=after"), "shift=before"),
+    (dict(ablation="shift=before"), "set conv"),
     (dict(ablation="shared"), "shared=write"), (dict(ablation="shared=3"), "shared=write"), (dict(ablation="gumbel="), "gumbel"),
     (dict(ablation="average", k_rows=8), "at most n_rows - 1"), (dict(ablation="shared=2", k_rows=7), "at most n_rows - 2"),
     (dict(ablation="shared=bias", n_rows=1, k_rows=None), "at least 2 rows"),

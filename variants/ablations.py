@@ -17,6 +17,11 @@ and of `--shared_row` (extended.py), to find out which part of it helps; the las
     shared=2         two such rows instead of one
     average          it is read without its norm: a plain gated average beside a memory of m - 1 rows
 
+and of `--shift` with `--conv`:
+
+    shift=before     the token before has its part ahead of the convolution: the write's logits are those of
+                     conv((1 - lambda) x_t + lambda x_{t-1}), not (1 - lambda) l_t + lambda l_{t-1}
+
 None of these is meant to be used; fmem.py has the layer.
 """
 import math
@@ -57,10 +62,14 @@ class AblatedMemory(ExtendedMemory):
         known = ((self.change in ALONE and not given)
                  or (self.change in ("eta", "mu") and self.value is not None and 0 < self.value <= 1)
                  or (self.change == "balance" and self.value is not None and 0 < self.value < math.inf)
-                 or (self.change == "shared" and value in SHARED))
+                 or (self.change == "shared" and value in SHARED) or config.ablation == "shift=before")
         if not known:
             raise ValueError(f"ablation {config.ablation!r} is not one of eta=NUMBER, mu=NUMBER (above 0, at most 1), "
-                             f"balance=NUMBER, {', '.join(ALONE)}, shared={', shared='.join(SHARED)}")
+                             f"balance=NUMBER, {', '.join(ALONE)}, shared={', shared='.join(SHARED)}, shift=before")
+        if self.change == "shift":
+            if not config.conv:
+                raise ValueError("ablation shift=before needs a convolution: set conv")
+            self.shift = nn.Parameter(torch.empty(()))
         if self.change in ("eta", "mu"):
             setattr(self, f"w_{self.change}", One() if self.value == 1 else nn.Linear(config.d_model, 1))
         if self.change == "untied":
@@ -123,6 +132,17 @@ class AblatedMemory(ExtendedMemory):
     def step(self, x_t: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         return super().step(x_t, self.start(x_t, state))
 
+    def enter(self, x: Tensor, state: tuple | None) -> tuple:
+        if self.change != "shift":
+            return super().enter(x, state)
+        (h, last), w = state or (None, x.new_zeros(len(x), self.config.conv, x.shape[2])), self.config.conv
+        x = torch.cat([last.to(x.dtype), x], 1)         # with as many tokens before it as the convolution is wide
+        lam = torch.sigmoid(self.shift)
+        u, moved = (self.conv(v[:, w - 1:], v[:, :w - 1])[0] for v in (x[:, 1:], (1 - lam) * x[:, 1:] + lam * x[:, :-1]))
+        theta = torch.sigmoid(self.logits(u, self.w_eta)) * self.affinity(self.logits(moved))
+        phi = torch.sigmoid(self.logits(u, self.w_mu)) * self.affinity(self.logits(u))
+        return u, (theta, phi, None), h, (x[:, -w:],)
+
     def start(self, x: Tensor, state: tuple | None) -> tuple | None:
         """The state before the first token, with the rows that are learned."""
         if state is None and self.change == "learned_rows":
@@ -163,6 +183,8 @@ class AblatedMemory(ExtendedMemory):
             init(self.W_read.weight, self.config.alpha_std * self.config.tau)
         if self.change == "learned_rows":
             init(self.rows)
+        if self.change == "shift":
+            nn.init.constant_(self.shift, -2.0)         # as in extended.py
         if self.shared == "bias":
             nn.init.constant_(self.bias, self.config.tau * math.log(self.config.n_rows - 1))
         elif self.shared:

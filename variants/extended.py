@@ -77,10 +77,11 @@ class ExtendedMemory(FactorizationMemory):
         routed = self.route(u, *before)
         return u, routed, h, (last, self.logits(u[:, -1:])) if self.config.shift else (last,)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """W_alpha x in float32 at least."""
+    def logits(self, x: Tensor, W: nn.Linear | None = None) -> Tensor:
+        """W x in float32 at least; None: W_alpha x."""
+        W = W or self.W_alpha
         with torch.autocast(x.device.type, enabled=False):
-            return wide(self.W_alpha(x.to(self.W_alpha.weight.dtype)))
+            return wide(W(x.to(W.weight.dtype)))
 
     def route(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """As FactorizationMemory.route; but with a change to the routing theta and phi [B, T, m] of all rows, and None."""
