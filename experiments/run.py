@@ -74,10 +74,11 @@ RATED = {"shift": "--shift", "shared+shift": "--shared_row --shift", "paper": ""
          "conv+gate+shift": "--conv 4 --gate --shift", "read_rank": "--read_rank 8",
          "transformer-one-head": "--mixer attention --n_head 1",
          "conv+gate+shift-before": "--conv 4 --gate --ablation shift=before"}
-# the Transformer with five times as many tokens, and with twice the width
+RATED_SEEDED = {(model, "16e-3") for model in ("shift", "shared+shift", "paper", "conv+gate", "mamba2")}    # all three seeds
+# the Transformer with five times as many tokens, with twice the width, and with eight times the batch
 SOLVE = {"transformer_4e-3": (24000, "--mixer attention --n_head 4 --lr 4e-3"),
          "transformer-128_2e-3": (12000, "--d_model 128 --mixer attention --n_head 4 --lr 2e-3"),
-         "transformer-128_5e-4": (12000, "--d_model 128 --mixer attention --n_head 4 --lr 5e-4")}
+         "transformer-batch_4e-3": (3000, "--batch_size 256 --mixer attention --n_head 4 --lr 4e-3")}
 # why the shared row helps: one part of it at a time, and what might do the same without it
 WHY = {"written": "--ablation shared=write", "read": "--ablation shared=read", "bias": "--ablation shared=bias",
        "two": "--ablation shared=2", "average": "--ablation average", "gumbel": "--ablation gumbel",
@@ -208,6 +209,8 @@ def more_recall():
         for model, options in RATED.items():
             size = "--context 64 --batch_size 32 --max_steps 4800 --eval_every 400"
             runs[f"rates/{model}_{lr}_{SEEDS[0]}"] = f"python train.py --data mqar {RECALL} {size} {options} --lr {lr}"
+            for seed in SEEDS[1:] if (model, lr) in RATED_SEEDED else ():
+                runs[f"rates/{model}_{lr}_{seed}"] = f"{runs[f'rates/{model}_{lr}_{SEEDS[0]}']} --seed {seed}"
     for name, (steps, options) in SOLVE.items():
         size = f"--context 64 --batch_size 32 --max_steps {steps} --eval_every 2000"
         runs[f"solve/{name}"] = f"python train.py --data mqar {RECALL} {size} {options}"

@@ -4,10 +4,12 @@ import re
 import threading
 import time
 
+import numpy as np
 import pytest
 
 import train as train_py
-from experiments import bench_host, bench_models, bench_scan, builds, estimate, gpu, report
+from data.recall import Recall
+from experiments import bench_host, bench_models, bench_scan, builds, estimate, gpu, report, sections_changes
 from experiments import run as experiments
 from tests.helpers import ROOT, kernel, log_rows, needs_triton
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -185,3 +187,17 @@ def test_the_front_page_says_what_was_measured_on_a_gpu(tmp_path):
     line = report.gpu_line(tmp_path)
     assert line == ("**Measured** on NVIDIA Test: 1 of 3 configurations of the kernels right; tokens/s of training at width 512: "
                     "memory, form kernel 123,457.")
+
+
+def test_what_choosing_among_the_values_left_would_get():
+    """In windows as they are generated; the room is five standard errors."""
+    task, rng = Recall("mqar", 64), np.random.default_rng(0)
+    windows = task.make(rng, 3000)
+    chances = []
+    for window, wanted in zip(windows.tolist(), task.targets(windows).tolist(), strict=True):
+        values, left = window[1:window.index(ASK):2], []
+        for answer in (v for v in wanted if v >= 0):
+            left = left or list(values)
+            chances.append(left.count(answer) / len(left))
+            left.remove(answer)
+    assert sections_changes.by_elimination() == pytest.approx(np.mean(chances), abs=5 * np.std(chances) / len(chances)**0.5)
