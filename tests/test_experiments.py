@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import train as train_py
-from data.recall import Recall
+from data.recall import ASK, Recall
 from experiments import bench_host, bench_models, bench_scan, builds, estimate, gpu, report, sections_changes
 from experiments import run as experiments
 from tests.helpers import ROOT, kernel, log_rows, needs_triton
