@@ -114,8 +114,7 @@ def states_kernel(w1, v1, w2, v2, keep, first, states, last, T, N, m: constexpr,
         put(states, (b * N + c) * m, i, e, m, d, S)
         S *= decay[:, None]
         c += -1 if BACKWARD else 1
-        # Loaded a chunk ahead: no chunk waits for it.
-        decay = tl.load(keep + (b * N + c) * m + i, mask=i < tl.where(j < N - 1, m, 0), other=0.0)
+        decay = tl.load(keep + (b * N + c) * m + i, mask=i < tl.where(j < N - 1, m, 0), other=0.0)      # no chunk waits for it
         S = dot(tile_T(w1, row0, t, i, left, m), tile(v1, row0, t, e, left, d), S, OPERAND, PRECISION)
         if BACKWARD:
             S = dot(tile_T(w2, row0, t, i, left, m), tile(v2, row0, t, e, left, d), S, OPERAND, PRECISION)
@@ -338,14 +337,13 @@ def launches(m: int, d: int, dtype: torch.dtype) -> dict:
     dots = dict(m=m, d=d, **{k: v for k, v in t.items() if k != "BR"}, num_warps=4, num_stages=2)
     states = dict(dots, num_warps=4 if t["BM"] == 64 else 8)
     few = dict(dots, BM=16, BD=32, num_stages=3)
-    # Token by token: a single warp waits for no other.
-    serial = dict(m=m, C=t["C"], BM=t["BR"], num_warps=1)
+    serial = dict(m=m, C=t["C"], BM=t["BR"], num_warps=1)           # a single warp waits for no other
     exact = dict(serial, EXACT="ieee" if dtype == torch.float32 else "tf32x3")
     return dict(decays=(decays_kernel, serial),
                 states=(states_kernel, dict(states, BACKWARD=False, num_stages=3)),
                 states_back=(states_kernel, dict(states, BACKWARD=True)),
-                states_few=(states_kernel, dict(few, BACKWARD=False)),
-                states_few_back=(states_kernel, dict(few, BACKWARD=True)),
+                few_states=(states_kernel, dict(few, BACKWARD=False)),
+                few_states_back=(states_kernel, dict(few, BACKWARD=True)),
                 products=(products_kernel, dict(dots, GRAM=True, ROWDOT=True)),
                 products_dy=(products_kernel, dict(dots, GRAM=True, ROWDOT=False)),
                 products_L=(products_kernel, dict(dots, GRAM=False, ROWDOT=True)),
@@ -367,15 +365,17 @@ class Launcher:
         self.C, self.N = t["C"], -(-self.T // t["C"])
         self.MB, self.MR, self.DB = (-(-n // size) for n, size in ((self.m, t["BM"]), (self.m, t["BR"]), (self.d, t["BD"])))
         self.low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        # States follow each other chunk by chunk. Of few long texts they have smaller tiles, and so more programs.
-        self.few = "_few" if self.N > 4 and self.B * self.MB * self.DB <= 32 else ""
-        o = self.launches["states" + self.few][1]
-        self.grids = {states_kernel: (self.B, -(-self.m // o["BM"]), -(-self.d // o["BD"])),
-                      read_kernel: (self.B * self.N, self.DB), products_kernel: (self.B * self.N * self.MB,)}
+        self.grids = {read_kernel: (self.B * self.N, self.DB), products_kernel: (self.B * self.N * self.MB,)}
+
+    @property
+    def few(self):                                      # Few long texts are few programs; with smaller tiles they are more.
+        return "few_" if self.N > 4 and self.B * self.MB * self.DB <= 32 else ""
 
     def __call__(self, name: str, *args):
-        kernel, options = self.launches[name]
-        kernel[self.grids.get(kernel, (self.B * self.N * self.MR,))](*args, self.T, self.N, **options)
+        kernel, o = self.launches[name]
+        states = self.B, -(-self.m // o["BM"]), -(-self.d // o.get("BD", 1))
+        grid = states if kernel is states_kernel else self.grids.get(kernel, (self.B * self.N * self.MR,))
+        kernel[grid](*args, self.T, self.N, **o)
 
 
 def room(run: Launcher, theta: Tensor) -> tuple:
@@ -389,7 +389,7 @@ def common(run: Launcher, theta, x, h0):
     """What forward and backward begin with: decays, the states, and the inner products of x with them and itself."""
     hT, (write, near, keep, sub, states, S, K, n0) = torch.empty_like(h0), room(run, theta)
     run("decays", theta, write, near, keep, sub)
-    run("states" + run.few, write, x, write, x, keep, h0, states, hT)
+    run(run.few + "states", write, x, write, x, keep, h0, states, hT)
     run("products", x, x, states, states, S, K, n0)
     return hT, write, near, keep, sub, states, S, K, n0
 
@@ -428,7 +428,7 @@ def backward(theta: Tensor, phi: Tensor, x: Tensor, h0: Tensor, write: Tensor, n
         run("rows", theta, phi, S, K, n0, near, sub, S_n, qP, A, qF, Y, M, Y_n, q, dphi, dtheta, hx_l, kappa_out, eps)
         run("mix_back", theta, dtheta, kappa_out, keep, near, sub, kappa, kappa_0, wP, A2, wF)     # dtheta is still room for c
         Ls, dh0, dx = torch.empty_like(states), torch.empty_like(h0), torch.empty_like(x)
-        run(f"states{run.few}_back", qF, dy, wF, x, keep, dhT, Ls, dh0)
+        run(run.few + "states_back", qF, dy, wF, x, keep, dhT, Ls, dh0)
         run("products_L", x, x, Ls, states, Z, M, HL)
         run("read_back", write, Ls, A, dy, wF, states, A2, x, dx)
         run("theta", theta, q, kappa, hx_l, S, K, Y, M, S_n, Y_n, qP, wP, Z, HL, near, sub, dtheta)

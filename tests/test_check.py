@@ -103,7 +103,7 @@ MISTAKES = [
         "            a = 1 - th\n            hx",
         "            a = (1 - th) * (1 - th) / (1 - th)\n            hx",
     ),
-    ("few long texts without half of their rows", "(self.B, -(-self.m // o[\"BM\"]),", "(self.B, self.MB,"),
+    ("few long texts without half of their rows", "states = self.B, -(-self.m // o[\"BM\"]),", "states = self.B, self.MB,"),
     ("an exception", "    run = Launcher(theta, x)\n", "    raise RuntimeError('no more\\nregisters')\n"),
 ]
 STEP_MISTAKES = [

@@ -145,6 +145,10 @@ def test_estimates_are_counted_from_the_launches():
     # wF, states, A of two groups of rows; x and y
     assert moved["read"] == 2 * (tokens * m + B * N * m * d + 2 * tokens * C + 2 * tokens * d)
     assert {programs for name, _, _, programs in forward + backward} == {B * N * 2}
+    for B, T, few in ((8, 4096, ""), (1, 4096, "few_"), (2, 32768, "few_"), (3, 32768, ""), (1, 256, "")):
+        forward, backward = estimate.launched(B, T, 1024, 64)
+        assert [name for name, *_ in forward] == ["decays", f"{few}states", "products", "mix", "read"]
+        assert len(backward) == 7 and f"{few}states_back" in {name for name, *_ in backward}
     # a program that needs all registers of a multiprocessor runs alone: 8 of them one after the other, each 4 cycles a step
     code = {name: {"warps": 1, "registers": 2**16, "executed": 1e6} for name in builds.SERIAL}
     seconds = {row["kernel"]: row["seconds"] for row in estimate.scan_seconds("H100", code, **estimate.SHAPE)[0]}
