@@ -67,6 +67,8 @@ TEN = {"sparse": "", "shared+shift": "--shared_row --shift", "shared+shift+gate"
        "mamba2": "--mixer mamba2", "transformer": "--mixer attention", "conv+gate": "--conv 4 --gate", "shared": "--shared_row",
        "all": "--shared_row --shift --conv 4 --gate", "dense": "--k_rows none", "extended": MODELS["extended"]}
 TEN_SEEDED = "all", "mamba2", "transformer"     # those of more seeds
+# the same with 3.5 million parameters and a context of 512
+LARGE = "--n_layer 9 --d_model 192 --n_rows 48 --k_rows 12 --context 512 --batch_size 4 --eval_every 500 --sample_tokens 0"
 # recall again, with the rate swept for every model, four times as long
 RATES = "4e-3", "16e-3", "8e-3", "2e-3", "1e-3"
 RATED = {"shift": "--shift", "shared+shift": "--shared_row --shift", "paper": "", "shared": "--shared_row",
@@ -161,6 +163,8 @@ def changed():
         for seed in SEEDS[1:] if model in TEN_SEEDED else ():
             runs[f"ten/{model}_{seed}"] = f"{runs[f'ten/{model}_{SEEDS[0]}']} --seed {seed}"
         runs[f"drop/{model}_{SEEDS[0]}"] = f"{runs[f'ten/{model}_{SEEDS[0]}']} --dropout 0.1"
+        if model in TEN_SEEDED:
+            runs[f"large/{model}"] = f"python train.py {LARGE} {options} --lr {lr} --max_steps 5000"
     for model, rates in FIFTH.items():
         for lr in rates:
             size = SIZE.replace("--eval_every 100", "--eval_every 500")

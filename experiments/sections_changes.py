@@ -6,6 +6,7 @@ from data.recall import VALUES
 from experiments.run import (
     CHANGES,
     FIFTH,
+    LARGE,
     LR,
     MORE_RECALL,
     MORE_TASKS,
@@ -18,6 +19,7 @@ from experiments.run import (
     SIZE,
     SOLVE,
     TEN,
+    TEN_SEEDED,
 )
 from experiments.tables import HERE, NAMES, over_seeds, shown, spread, table, value
 
@@ -143,10 +145,15 @@ the same rates and number of tokens). Right answers in percent by the number of 
 """ if len(passkeys) > 1 else "")
 
 
+def name_of(model):
+    """A model of the runs of ten million tokens."""
+    return f"memory, `{TEN[model]}`" if TEN[model] and model not in ("transformer", "mamba2") else NAMES[model]
+
+
 def ten_section(done, figures):
     """Ten million tokens, with and without dropout, and how much better a passage is predicted the second time."""
     rows = []
-    for model, options in TEN.items():
+    for model in TEN:
         cells, sort = [], []
         for group in ("ten", "drop"):
             result = done.get(f"{group}/{model}_{SEED}", {}).get("result")
@@ -159,8 +166,7 @@ def ten_section(done, figures):
             repeated = next((done[f"{group}-recall/{model}"]["result"]["recall"]["rows"] for group in ("ten", "drop")
                              if f"{group}-recall/{model}" in done), [])
             gains = [shown(row["first"] - row["second"], 2) for row in repeated if row["distance"] in (0, 64, 1024)]
-            name = f"memory, `{options}`" if options and model not in ("transformer", "mamba2") else NAMES[model]
-            rows.append((*sort, [name, *cells, *(gains or [""] * 3)]))
+            rows.append((*sort, [name_of(model), *cells, *(gains or [""] * 3)]))
     head = ["", "no dropout", "rise at the end", "training", "dropout 0.1", "rise", "training", "gain, 0 between", "64", "1,024"]
 
     bench, = json.loads(BENCH.read_text(encoding="utf-8"))["rows"]
@@ -191,7 +197,7 @@ second time, with so many tokens in between. Of dropouts only 0.1 was tried.
 Minutes: tokens times the time per token with nothing else running, two threads (`python -m experiments.bench_models --table changes
 --out experiments/results/bench_changes.json`).
 
-{fifth_table(done)}"""
+{fifth_table(done)}{large_table(done)}"""
 
 
 def fifth_table(done):
@@ -199,11 +205,21 @@ def fifth_table(done):
     rows = []
     for model, rates in FIFTH.items():
         if any(f"fifth/{model}_{lr}" in done for lr in rates):
-            rows.append([NAMES.get(model) or f"memory, `{TEN[model]}`", *(
+            rows.append([name_of(model), *(
                 shown(value(done, f"fifth/{model}_{lr}", "nats")) if lr in rates else "" for lr in FIFTH_RATES)])
     return f"""The learning rate again, at a fifth of that budget (1,000 steps): nats per validation token.
 
 {table(["", *(f"lr {lr}" for lr in FIFTH_RATES)], rows)}
+""" if rows else ""
+
+
+def large_table(done):
+    """More parameters and a longer context."""
+    rows = [[name_of(model), f"{line['result']['parameters']:,}", shown(line["result"]["nats"])]
+            for model in TEN_SEEDED if (line := done.get(f"large/{model}"))]
+    return f"""Ten million tokens with more parameters, `{LARGE}`:
+
+{table(["", "parameters", "nats per token"], rows)}
 """ if rows else ""
 
 
@@ -233,5 +249,5 @@ what belongs together, is right in {100 * by_elimination():.1f} %: **38 to 41 % 
 The Transformer with more tokens, or twice as wide:
 
 {solve_table(done)}
-{tasks_section(done)}    python -m experiments.run changes ten drop fifth rates solve repeat copy mqar256 passkey/m=64+ recall
+{tasks_section(done)}    python -m experiments.run changes ten drop fifth large rates solve repeat copy mqar256 passkey/m=64+ recall
 """

@@ -205,3 +205,13 @@ def test_what_choosing_among_the_values_left_would_get():
             chances.append(left.count(answer) / len(left))
             left.remove(answer)
     assert sections_changes.by_elimination() == pytest.approx(np.mean(chances), abs=5 * np.std(chances) / len(chances)**0.5)
+
+
+def test_tables_of_runs_that_take_long():
+    """Where they were run: more parameters at ten million tokens, and the Transformer's recall with more tokens."""
+    assert not sections_changes.large_table({}) and not sections_changes.solve_table({})
+    line = {"result": {"parameters": 3601152, "nats": 3.25}}
+    assert "| Mamba-2 | 3,601,152 | 3.250 |" in sections_changes.large_table({"large/mamba2": line})
+    line = {"result": {"parameters": 7, "tokens": 8000000, "right": 0.995, "curve": [[2, 1.0], [3, 0.09], [4, 0.01]]}}
+    name = next(iter(experiments.SOLVE))
+    assert "| 7 | 8.0 | 99.5 | 6.0 |" in sections_changes.solve_table({f"solve/{name}": line})
