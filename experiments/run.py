@@ -61,7 +61,8 @@ MQAR_ONLY = "untied", "lr="              # parts of the names of models that are
 
 # the changes of variants/extended.py, alone and together
 CHANGES = {"shared": "--shared_row", "shift": "--shift", "conv": "--conv 4", "gate": "--gate"}
-SEEDED = "shared", "shared+shift", "shared+gate", "shared+shift+gate", "conv+gate", "shared+conv"    # those of all three seeds
+SEEDED = ("shared", "shared+shift", "shared+gate", "shared+shift+gate", "conv+gate", "shared+conv",
+          "shared+shift+conv+gate")                  # those of all three seeds
 # ten million tokens
 TEN = {"sparse": "", "shared+shift": "--shared_row --shift", "shared+shift+gate": "--shared_row --shift --gate",
        "mamba2": "--mixer mamba2", "transformer": "--mixer attention", "conv+gate": "--conv 4 --gate", "shared": "--shared_row",
