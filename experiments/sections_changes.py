@@ -21,7 +21,7 @@ from experiments.run import (
     TEN,
     TEN_SEEDED,
 )
-from experiments.tables import HERE, NAMES, over_seeds, shown, spread, table, value
+from experiments.tables import HERE, NAMES, over_seeds, several, shown, spread, table, value
 
 SEED, BENCH = SEEDS[0], HERE / "results/bench_changes.json"
 FIFTH_RATES = sorted({lr for rates in FIFTH.values() for lr in rates}, key=float)
@@ -159,7 +159,7 @@ def ten_section(done, figures):
             result = done.get(f"{group}/{model}_{SEED}", {}).get("result")
             nats = over_seeds(done, f"{group}/{model}_{{}}", "nats")
             curve = [loss for _, loss in result["curve"]] if result else []
-            cells += [spread(nats) if len(nats) > 1 else shown(result and result["nats"]), shown(curve[-1] - min(curve)) if curve else "",
+            cells += [several(nats), shown(curve[-1] - min(curve)) if curve else "",
                       shown(result and statistics.mean(loss for _, loss in result["train"][-5:]))]
             sort.append(result["nats"] if result else 9)
         if min(sort) < 9:
@@ -190,7 +190,7 @@ def ten_section(done, figures):
 the plays, lr {LR["transformer"]} for the Transformer and 8e-3 for the others (the rates of section 1), **one seed** where no spread stands. Nats per validation token; by how much
 the loss (on a part of that text) had risen at the end above its lowest; the training loss at the end (mean of five single batches; with
 dropout that of the thinned model). Last, without dropout, how many nats per token the loss of a passage of 64 tokens falls the
-second time, with so many tokens in between. Of dropouts only 0.1 was tried.
+second time, with so many tokens in between. All but the first figure is of the first seed. Of dropouts only 0.1 was tried.
 
 {table(head, [row for *_, row in sorted(rows)])}
 {figures.draw("ten", (9, 4), draw, "validation loss over ten million tokens, and over minutes")}

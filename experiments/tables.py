@@ -19,6 +19,11 @@ def spread(values, digits=3):
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
+def several(values):
+    """As `spread`, but of one seed the number alone."""
+    return spread(values) if len(values) > 1 else "".join(map(shown, values))
+
+
 def table(head, rows):
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
