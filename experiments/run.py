@@ -63,6 +63,7 @@ MQAR_ONLY = "untied", "lr="              # parts of the names of models that are
 CHANGES = {"shared": "--shared_row", "shift": "--shift", "conv": "--conv 4", "gate": "--gate"}
 SEEDED = ("shared", "shared+shift", "shared+gate", "shared+shift+gate", "conv+gate", "shared+conv",
           "shared+shift+conv+gate")                  # those of all three seeds
+BEFORE = "conv", "conv+gate"                     # with which the shift is tried ahead of the convolution, too
 # ten million tokens
 TEN = {"sparse": "", "shared+shift": "--shared_row --shift", "shared+shift+gate": "--shared_row --shift --gate",
        "mamba2": "--mixer mamba2", "transformer": "--mixer attention", "conv+gate": "--conv 4 --gate", "shared": "--shared_row",
@@ -158,6 +159,9 @@ def changed():
         for some in SEEDED:
             options = " ".join(CHANGES[name] for name in some.split("+"))
             runs[f"changes/{some}_{seed}"] = f"python train.py {SIZE} {options} --lr 8e-3 --max_steps 500 --seed {seed}"
+    for some in BEFORE:
+        options = " ".join(CHANGES[name] for name in some.split("+"))
+        runs[f"before/{some}_{SEEDS[0]}"] = f"python train.py {SIZE} {options} --ablation shift=before --lr 8e-3 --max_steps 500"
     for model, options in TEN.items():
         lr, size = LR.get(model, "8e-3"), SIZE.replace("--eval_every 100", "--eval_every 500")
         runs[f"ten/{model}_{SEEDS[0]}"] = f"python train.py {size} {options} --lr {lr} --max_steps 5000"

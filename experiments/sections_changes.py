@@ -4,6 +4,7 @@ import statistics
 
 from data.recall import VALUES
 from experiments.run import (
+    BEFORE,
     CHANGES,
     FIFTH,
     LARGE,
@@ -58,6 +59,14 @@ def seeds_table(done):
             rows.append([name, statistics.mean(nats), f"{statistics.stdev(nats):.3f}", f"{min(nats):.3f} to {max(nats):.3f}"])
     rows = [[name, f"{mean:.3f}", *rest] for name, mean, *rest in sorted(rows, key=lambda row: row[1])]
     return table(["three seeds", "nats per token, mean", "standard deviation", "lowest to highest"], rows)
+
+
+def before_lines(done):
+    """The shift ahead of the convolution instead of after it."""
+    pairs = [(done[f"before/{some}_{SEED}"], done[f"changes/shift+{some}_{SEED}"], " ".join(CHANGES[n] for n in some.split("+")))
+             for some in BEFORE if f"before/{some}_{SEED}" in done]
+    return "".join(f"`--ablation shift=before` with `{options}`, the shift ahead of the convolution: {before['result']['nats']:.3f}, "
+                   f"{after['result']['nats']:.3f} after it.\n" for before, after, options in pairs)
 
 
 def effects(done):
@@ -237,6 +246,7 @@ nothing here.
 
 {changes_table(done)}
 {effects(done)}
+{before_lines(done)}
 With all three seeds:
 
 {seeds_table(done)}
@@ -249,5 +259,5 @@ what belongs together, is right in {100 * by_elimination():.1f} %: **38 to 41 % 
 The Transformer with more tokens, or twice as wide:
 
 {solve_table(done)}
-{tasks_section(done)}    python -m experiments.run changes ten drop fifth large rates solve repeat copy mqar256 passkey/m=64+ recall
+{tasks_section(done)}    python -m experiments.run changes before ten drop fifth large rates solve repeat copy mqar256 passkey/m=64+ recall
 """
