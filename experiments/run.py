@@ -63,6 +63,7 @@ MQAR_ONLY = "untied", "lr="              # parts of the names of models that are
 CHANGES = {"shared": "--shared_row", "shift": "--shift", "conv": "--conv 4", "gate": "--gate"}
 SEEDED = ("shared", "shared+shift", "shared+gate", "shared+shift+gate", "conv+gate", "shared+conv",
           "shared+shift+conv+gate")                  # those of all three seeds
+LINEAR = "conv", "shared+conv", "conv+gate", "shared+conv+gate"     # those tried without the convolution's SiLU
 BEFORE = "conv", "conv+gate"                     # with which the shift is tried ahead of the convolution, too
 # ten million tokens
 TEN = {"sparse": "", "shared+shift": "--shared_row --shift", "shared+shift+gate": "--shared_row --shift --gate",
@@ -79,10 +80,11 @@ RATED = {"shift": "--shift", "shared+shift": "--shared_row --shift", "paper": ""
          "transformer-one-head": "--mixer attention --n_head 1",
          "conv+gate+shift-before": "--conv 4 --gate --ablation shift=before"}
 RATED_SEEDED = {(model, "16e-3") for model in ("shift", "shared+shift", "paper", "conv+gate", "mamba2")}    # all three seeds
-# the Transformer with five times as many tokens, with twice the width, and with eight times the batch
+# the Transformer with five times as many tokens, with twice the width, with eight times the batch, and with four layers
 SOLVE = {"transformer_4e-3": (24000, "--mixer attention --n_head 4 --lr 4e-3"),
          "transformer-128_2e-3": (12000, "--d_model 128 --mixer attention --n_head 4 --lr 2e-3"),
-         "transformer-batch_4e-3": (3000, "--batch_size 256 --mixer attention --n_head 4 --lr 4e-3")}
+         "transformer-batch_4e-3": (3000, "--batch_size 256 --mixer attention --n_head 4 --lr 4e-3"),
+         "transformer-4-layers_2e-3": (12000, "--n_layer 4 --mixer attention --n_head 4 --lr 2e-3")}
 # why the shared row helps: one part of it at a time, and what might do the same without it
 WHY = {"written": "--ablation shared=write", "read": "--ablation shared=read", "bias": "--ablation shared=bias",
        "two": "--ablation shared=2", "average": "--ablation average", "gumbel": "--ablation gumbel",
@@ -162,6 +164,11 @@ def changed():
     for some in BEFORE:
         options = " ".join(CHANGES[name] for name in some.split("+"))
         runs[f"before/{some}_{SEEDS[0]}"] = f"python train.py {SIZE} {options} --ablation shift=before --lr 8e-3 --max_steps 500"
+    for seed in SEEDS:
+        for some in LINEAR:
+            options = " ".join(CHANGES[name] for name in some.split("+"))
+            more = f"--ablation conv=linear --lr 8e-3 --max_steps 500 --seed {seed}"
+            runs[f"linear/{some}_{seed}"] = f"python train.py {SIZE} {options} {more}"
     for model, options in TEN.items():
         lr, size = LR.get(model, "8e-3"), SIZE.replace("--eval_every 100", "--eval_every 500")
         runs[f"ten/{model}_{SEEDS[0]}"] = f"python train.py {size} {options} --lr {lr} --max_steps 5000"

@@ -20,7 +20,8 @@ MIXERS = {"attention": dict(mixer="attention", n_head=4, n_kv_head=2), "mamba2":
           "shared": dict(shared_row=True), "shared, dense": dict(shared_row=True, k_rows=None), "shift": dict(shift=True),
           "read_rank": dict(read_rank=2), "shared, shift": dict(shared_row=True, shift=True),
           "all": dict(conv=3, gate=True, shared_row=True, shift=True, read_rank=2),
-          "shift, then conv": dict(conv=3, ablation="shift=before")}
+          "shift, then conv": dict(conv=3, ablation="shift=before"), "linear conv": dict(conv=3, ablation="conv=linear"),
+          "shared, shift, linear conv": dict(conv=3, shared_row=True, shift=True, ablation="conv=linear")}
 
 
 ABLATIONS = ("eta=1", "mu=1", "eta=0.8", "mu=0.8", "untied", "norm_after", "no_renorm", "balance=0.01", "gumbel", "learned_rows",
@@ -63,11 +64,11 @@ def attention_reference(layer, x):
     return torch.cat(heads, -1) @ layer.W_o.weight.T
 
 
-def conv_reference(conv, x):
-    """Each channel by itself: bias + sum_j weight[j] x[t - width + 1 + j], then x sigmoid(x)."""
+def conv_reference(conv, x, linear=False):
+    """Each channel by itself: bias + sum_j weight[j] x[t - width + 1 + j], then x sigmoid(x) if not linear."""
     w, padded = conv.weight.shape[1], torch.cat([torch.zeros_like(x[:1]).expand(conv.weight.shape[1] - 1, -1), x])
     u = torch.stack([conv.bias + sum(conv.weight[:, j] * padded[t + j] for j in range(w)) for t in range(len(x))])
-    return u * torch.sigmoid(u)
+    return u if linear else u * torch.sigmoid(u)
 
 
 def mamba2_reference(layer, x):
@@ -106,7 +107,7 @@ def routed_reference(layer, x, u):
     for t in range(len(u)):
         logits = layer.W_alpha.weight @ u[t]
         write = read = logits
-        if config.ablation:
+        if config.ablation == "shift=before":
             write = layer.W_alpha.weight @ moved[t]
         elif config.shift:
             write = (1 - lam) * logits + lam * (layer.W_alpha.weight @ u[t - 1] if t else 0)
@@ -122,7 +123,7 @@ def routed_reference(layer, x, u):
 
 def extended_reference(layer, x):
     """ExtendedMemory's equation around the plain memory's read."""
-    u = conv_reference(layer.conv, x) if layer.config.conv else x
+    u = conv_reference(layer.conv, x, layer.config.ablation == "conv=linear") if layer.config.conv else x
     if layer.config.shared_row or layer.config.read_rank or hasattr(layer, "shift"):
         theta, phi = routed_reference(layer, x, u)
         y = scan_loop(theta[None], phi[None], u[None] @ layer.W_i.weight.T, None, layer.config.norm_eps)[0][0]
@@ -337,7 +338,7 @@ def test_ablations_of_what_a_text_starts_with_and_of_noise():
     (dict(mixer="attention", n_head=16), "even"), (dict(n_head=0), "n_head"), (dict(mixer="mamba2", gate=True), "do not go with"),
     (dict(ablation="eta"), "eta=NUMBER"), (dict(ablation="eta=2"), "eta=NUMBER"), (dict(ablation="mu=x"), "mu=NUMBER"),
     (dict(ablation="untied=1"), "untied"), (dict(ablation="shift=after"), "shift=before"),
-    (dict(ablation="shift=before"), "set conv"),
+    (dict(ablation="shift=before"), "set conv"), (dict(ablation="conv=linear"), "set conv"),
     (dict(ablation="shared"), "shared=write"), (dict(ablation="shared=3"), "shared=write"), (dict(ablation="gumbel="), "gumbel"),
     (dict(ablation="average", k_rows=8), "at most n_rows - 1"), (dict(ablation="shared=2", k_rows=7), "at most n_rows - 2"),
     (dict(ablation="shared=bias", n_rows=1, k_rows=None), "at least 2 rows"),

@@ -17,6 +17,10 @@ and of `--shared_row` (extended.py), to find out which part of it helps; the las
     shared=2         two such rows instead of one
     average          it is read without its norm: a plain gated average beside a memory of m - 1 rows
 
+and of `--conv`, which goes with `--shared_row` and `--shift` too:
+
+    conv=linear      no SiLU after the convolution
+
 and of `--shift` with `--conv`:
 
     shift=before     the token before has its part ahead of the convolution: the write's logits are those of
@@ -62,13 +66,15 @@ class AblatedMemory(ExtendedMemory):
         known = ((self.change in ALONE and not given)
                  or (self.change in ("eta", "mu") and self.value is not None and 0 < self.value <= 1)
                  or (self.change == "balance" and self.value is not None and 0 < self.value < math.inf)
-                 or (self.change == "shared" and value in SHARED) or config.ablation == "shift=before")
+                 or (self.change == "shared" and value in SHARED) or config.ablation in ("shift=before", "conv=linear"))
         if not known:
             raise ValueError(f"ablation {config.ablation!r} is not one of eta=NUMBER, mu=NUMBER (above 0, at most 1), "
-                             f"balance=NUMBER, {', '.join(ALONE)}, shared={', shared='.join(SHARED)}, shift=before")
+                             f"balance=NUMBER, {', '.join(ALONE)}, shared={', shared='.join(SHARED)}, shift=before, conv=linear")
+        if self.change in ("shift", "conv") and not config.conv:
+            raise ValueError(f"ablation {config.ablation} needs a convolution: set conv")
+        if self.change == "conv":
+            self.conv.activation = nn.Identity()
         if self.change == "shift":
-            if not config.conv:
-                raise ValueError("ablation shift=before needs a convolution: set conv")
             self.shift = nn.Parameter(torch.empty(()))
         if self.change in ("eta", "mu"):
             setattr(self, f"w_{self.change}", One() if self.value == 1 else nn.Linear(config.d_model, 1))
@@ -102,7 +108,9 @@ class AblatedMemory(ExtendedMemory):
             top = top / top.sum(-1, keepdim=True)
         return torch.zeros_like(alpha).scatter(-1, rows, top)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+    def route(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.change == "conv":
+            return super().route(x, before)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.W_alpha.weight.dtype)
             logits = wide(self.W_alpha(x))

@@ -47,8 +47,9 @@ class ModelConfig(FMemConfig):
             raise ValueError(f'mixer must be "memory", "attention" or "mamba2", not {self.mixer!r}')
         if self.mixer != "memory" and (self.ablation or any(getattr(self, name) for name in EXTENDED)):
             raise ValueError(f"{', '.join(EXTENDED)} and ablation change the memory; they do not go with mixer {self.mixer}")
-        if self.ablation and (self.shared_row or self.shift or self.read_rank):
-            raise ValueError("an ablation does not go with shared_row, shift or read_rank: both change the routing")
+        if self.ablation not in ("", "conv=linear") and (self.shared_row or self.shift or self.read_rank):
+            raise ValueError("an ablation other than conv=linear does not go with shared_row, shift or read_rank: both change "
+                             "the routing")
         for name in ("n_head", "n_kv_head", "d_state"):
             value = getattr(self, name)
             if value is None and name != "d_state":

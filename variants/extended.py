@@ -15,13 +15,14 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels))
+        self.activation = F.silu
 
     def forward(self, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, c], last [B, width - 1, c]: the tokens before x, None for zeros -> y [B, T, c] and the new last."""
         (B, T, c), w = x.shape, self.weight.shape[1]
         x = torch.cat([x.new_zeros(B, w - 1, c) if last is None else last.to(x.dtype), x], 1)
         y = self.bias + sum(x[:, j:j + T] * self.weight[:, j] for j in range(w))
-        return F.silu(y), x[:, T:]
+        return self.activation(y), x[:, T:]
 
     def init_weights(self):
         for p in (self.weight, self.bias):
