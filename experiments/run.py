@@ -63,7 +63,9 @@ MQAR_ONLY = "untied", "lr="              # parts of the names of models that are
 CHANGES = {"shared": "--shared_row", "shift": "--shift", "conv": "--conv 4", "gate": "--gate"}
 SEEDED = ("shared", "shared+shift", "shared+gate", "shared+shift+gate", "conv+gate", "shared+conv",
           "shared+shift+conv+gate")                  # those of all three seeds
-LINEAR = "conv", "shared+conv", "conv+gate", "shared+conv+gate"     # those tried without the convolution's SiLU
+# why a convolution and a shared row get in each other's way: without the SiLU, without the row's norm, at half the rate
+IN_THE_WAY = {"linear": "--conv 4 --ablation conv=linear", "shared-linear": "--shared_row --conv 4 --ablation conv=linear",
+              "average": "--conv 4 --ablation average", "shared-4e-3": "--shared_row --conv 4 --lr 4e-3"}
 BEFORE = "conv", "conv+gate"                     # with which the shift is tried ahead of the convolution, too
 # ten million tokens
 TEN = {"sparse": "", "shared+shift": "--shared_row --shift", "shared+shift+gate": "--shared_row --shift --gate",
@@ -164,11 +166,9 @@ def changed():
     for some in BEFORE:
         options = " ".join(CHANGES[name] for name in some.split("+"))
         runs[f"before/{some}_{SEEDS[0]}"] = f"python train.py {SIZE} {options} --ablation shift=before --lr 8e-3 --max_steps 500"
-    for seed in SEEDS:
-        for some in LINEAR:
-            options = " ".join(CHANGES[name] for name in some.split("+"))
-            more = f"--ablation conv=linear --lr 8e-3 --max_steps 500 --seed {seed}"
-            runs[f"linear/{some}_{seed}"] = f"python train.py {SIZE} {options} {more}"
+    for name, options in IN_THE_WAY.items():
+        options = options if "--lr" in options else f"{options} --lr 8e-3"
+        runs[f"conv/{name}_{SEEDS[0]}"] = f"python train.py {SIZE} {options} --max_steps 500 --seed {SEEDS[0]}"
     for model, options in TEN.items():
         lr, size = LR.get(model, "8e-3"), SIZE.replace("--eval_every 100", "--eval_every 500")
         runs[f"ten/{model}_{SEEDS[0]}"] = f"python train.py {size} {options} --lr {lr} --max_steps 5000"
