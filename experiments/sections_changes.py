@@ -7,6 +7,7 @@ from experiments.run import (
     BEFORE,
     CHANGES,
     FIFTH,
+    IN_THE_WAY,
     LARGE,
     LR,
     MORE_RECALL,
@@ -67,6 +68,18 @@ def before_lines(done):
              for some in BEFORE if f"before/{some}_{SEED}" in done]
     return "".join(f"`--ablation shift=before` with `{options}`, the shift ahead of the convolution: {before['result']['nats']:.3f}, "
                    f"{after['result']['nats']:.3f} after it.\n" for before, after, options in pairs)
+
+
+def in_the_way_table(done):
+    """A convolution and a shared row without a gate: what was tried to tell why they get in each other's way."""
+    runs = {f"changes/{some}_{SEED}": " ".join(CHANGES[name] for name in some.split("+")) for some in ("conv", "shared+conv")}
+    runs |= {f"conv/{name}_{SEED}": options for name, options in IN_THE_WAY.items()}
+    runs[f"changes/shared+conv+gate_{SEED}"] = "--shared_row --conv 4 --gate"
+    rows = [[f"`{options}`", shown(done[name]["result"]["nats"])] for name, options in runs.items() if name in done]
+    return f"""A convolution and a shared row without a gate, lr 8e-3 if it is not said:
+
+{table(["", "nats per token"], rows)}
+""" if any(name.startswith("conv/") for name in done) else ""
 
 
 def effects(done):
@@ -159,6 +172,12 @@ def name_of(model):
     return f"memory, `{TEN[model]}`" if TEN[model] and model not in ("transformer", "mamba2") else NAMES[model]
 
 
+def overfitted(result):
+    """By how much the loss was above its lowest at the end, and the training loss then, the mean of five batches."""
+    curve = [loss for _, loss in result["curve"]]
+    return [shown(curve[-1] - min(curve)), shown(statistics.mean(loss for _, loss in result["train"][-5:]))]
+
+
 def ten_section(done, figures):
     """Ten million tokens, with and without dropout, and how much better a passage is predicted the second time."""
     rows = []
@@ -166,10 +185,7 @@ def ten_section(done, figures):
         cells, sort = [], []
         for group in ("ten", "drop"):
             result = done.get(f"{group}/{model}_{SEED}", {}).get("result")
-            nats = over_seeds(done, f"{group}/{model}_{{}}", "nats")
-            curve = [loss for _, loss in result["curve"]] if result else []
-            cells += [several(nats), shown(curve[-1] - min(curve)) if curve else "",
-                      shown(result and statistics.mean(loss for _, loss in result["train"][-5:]))]
+            cells += [several(over_seeds(done, f"{group}/{model}_{{}}", "nats")), *(overfitted(result) if result else ["", ""])]
             sort.append(result["nats"] if result else 9)
         if min(sort) < 9:
             repeated = next((done[f"{group}-recall/{model}"]["result"]["recall"]["rows"] for group in ("ten", "drop")
@@ -224,11 +240,12 @@ def fifth_table(done):
 
 def large_table(done):
     """More parameters and a longer context."""
-    rows = [[name_of(model), f"{line['result']['parameters']:,}", shown(line["result"]["nats"])]
+    rows = [[name_of(model), f"{line['result']['parameters']:,}", shown(line["result"]["nats"]),
+             several(over_seeds(done, f"ten/{model}_{{}}", "nats")), *overfitted(line["result"])]
             for model in TEN_SEEDED if (line := done.get(f"large/{model}"))]
-    return f"""Ten million tokens with more parameters, `{LARGE}`:
+    return f"""Ten million tokens with more parameters and a longer context, `{LARGE}`, **one seed**:
 
-{table(["", "parameters", "nats per token"], rows)}
+{table(["", "parameters", "nats per token", "with one million parameters", "rise at the end", "training"], rows)}
 """ if rows else ""
 
 
@@ -247,7 +264,7 @@ nothing here.
 {changes_table(done)}
 {effects(done)}
 {before_lines(done)}
-With all three seeds:
+{in_the_way_table(done)}With all three seeds:
 
 {seeds_table(done)}
 {ten_section(done, figures) or ''}**Associative recall at five rates** (`--data mqar {RECALL.replace("--lr 4e-3 ", "")}` as in section 5, but {tokens / 1e6:.1f} million
@@ -259,5 +276,5 @@ what belongs together, is right in {100 * by_elimination():.1f} %: **38 to 41 % 
 The Transformer with more tokens, or twice as wide:
 
 {solve_table(done)}
-{tasks_section(done)}    python -m experiments.run changes before ten drop fifth large rates solve repeat copy mqar256 passkey/m=64+ recall
+{tasks_section(done)}    python -m experiments.run changes before conv ten drop fifth large rates solve repeat copy mqar256 passkey/m=64+ recall
 """
