@@ -104,8 +104,8 @@ PASSKEY = {"shift": "--shift", "shared": "--shared_row", "shared+shift": "--shar
 CODE = {**{model: TEN[model] for model in ("sparse", "shared+shift+gate", "mamba2", "transformer")},
         "shared+shift+gate+carry": TEN["shared+shift+gate"] + " --carry_state"}
 # the learning rate again, at a fifth of ten million tokens
-FIFTH = {"transformer": ("2e-3", "4e-3", "8e-3"),
-         **dict.fromkeys(("shared+shift+gate", "mamba2", "all", "conv+gate", "shared+shift", "sparse"), ("4e-3", "8e-3", "16e-3"))}
+FIFTH = {"transformer": ("2e-3", "4e-3", "8e-3"), **dict.fromkeys(
+    ("shared+shift+gate", "mamba2", "all", "conv+gate", "shared+shift", "sparse"), ("4e-3", "8e-3", "16e-3"))}
 
 
 SHOWN = f"routing/sparse_{SEEDS[0]}"     # whose rows and sentence the page shows
