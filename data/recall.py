@@ -3,6 +3,8 @@
     mqar     k1 v1 k2 v2 ... kn vn ? k7 v7 k2 v2 ...      multi-query associative recall (Zoology, arXiv 2312.04927): each key
                                                           has a random value, and every key is asked for: in
                                                           training over and over, to the window's end; in a test once
+    mqar-any k1 v1 k2 v2 ... kn vn ? k7 v7 k7 v7 ...      the same, but any of the keys is asked for at any time, so that the
+                                                          values that have not come yet say nothing about the next
     passkey  noise ... ! d1 d2 d3 d4 noise ... ? d1 d2 d3 d4      four random digits to be kept while noise goes by
     copy     . . v1 . v2 . . . v3 . ... ? v1 v2 v3 ...            selective copying (Mamba, arXiv 2312.00752): 16 values among
                                                           blanks, to be written down in their order
@@ -12,6 +14,8 @@
 Only the answers, which follow "?", count in the loss and in the accuracy; the rest cannot be predicted. Neither can the first
 token of a string that is repeated, which therefore does not count.
 """
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -77,8 +81,8 @@ class Recall:
         return nats / count, right / count
 
 
-def mqar(rng, length, pairs=None):
-    """pairs: how many are to be kept."""
+def mqar(rng, length, pairs=None, in_turn=True):
+    """pairs: how many are to be kept. in_turn: no key is asked for again before all have been."""
     most = min((length - 1) // 4, KEYS)
     training = pairs is None
     if training:                        # 4, 8, 16, ... pairs: each as often as the others
@@ -87,13 +91,13 @@ def mqar(rng, length, pairs=None):
         raise ValueError(f"{length - 1} tokens have room for 1 to {most} pairs, not {pairs}")
     keys = rng.permutation(KEYS)[:pairs]
     both = np.stack([keys, KEYS + rng.integers(VALUES, size=pairs)], 1)
-    return asked_for(rng, both, length, training)
+    return asked_for(rng, both, length, training, in_turn)
 
 
-def asked_for(rng, rows, length, training):
-    """The rows, then the rows in another order: once, or over and over to the end of the window."""
-    times = -(-length // rows.size) if training else 1
-    again = [rows[rng.permutation(len(rows))].ravel() for _ in range(times)]
+def asked_for(rng, rows, length, training, in_turn=True):
+    """The rows, then as many in another order, or if not in turn any of them: once, or over and over to the end of the window."""
+    n, times = len(rows), -(-length // rows.size) if training else 1
+    again = [rows[rng.permutation(n) if in_turn else rng.integers(n, size=n)].ravel() for _ in range(times)]
     return np.concatenate([rows.ravel(), [ASK], *again, np.full(length, FILL)])[:length]
 
 
@@ -130,4 +134,5 @@ def repeat(rng, length, strings=None):
 
 
 # the generator of each, and its shortest context
-TASKS = {"mqar": (mqar, 17), "passkey": (passkey, 2 * LENGTH + 2), "copy": (copy, 2 * STRING), "repeat": (repeat, 2 * STRING)}
+TASKS = {"mqar": (mqar, 17), "mqar-any": (partial(mqar, in_turn=False), 17), "passkey": (passkey, 2 * LENGTH + 2),
+         "copy": (copy, 2 * STRING), "repeat": (repeat, 2 * STRING)}

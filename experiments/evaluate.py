@@ -156,13 +156,14 @@ def measure_recall(model, checkpoint, text, device):
     return {"task": "text", "passage": passage, "windows": n, "rows": rows}
 
 
-HARD = {"mqar": "pairs", "passkey": "distance", "copy": "length", "repeat": "strings"}    # what makes each task hard
+# what makes each task hard
+HARD = {"mqar": "pairs", "mqar-any": "pairs", "passkey": "distance", "copy": "length", "repeat": "strings"}
 
 
 def measure_task(model, checkpoint, device):
     """Share of right answers against what makes the task hard; a passkey and values to copy up to 128 and 16 training lengths."""
     task, context, rows = checkpoint["corpus"], checkpoint["settings"]["context"], []
-    if task == "mqar":
+    if HARD[task] == "pairs":
         cases = [(context, 4 * 2**i) for i in range(30) if 4 * 2**i <= min(context // 4, 128)]
     elif task == "passkey":
         cases = [(length, length - 2 * LENGTH - 1) for length in (context // 4, context, 4 * context, 16 * context, 128 * context)

@@ -123,6 +123,17 @@ def solve_table(done):
     return table(["options", "parameters", "million tokens", "right, %", "million tokens until below 0.1 nats"], rows) if rows else ""
 
 
+def pairs_of(task, done):
+    """The numbers of pairs, and a row of right answers in percent for each model, with the size of its state."""
+    sizes, rows = [], []
+    for model, options in MORE_RECALL.items():
+        if runs := over_seeds(done, f"recall-{task}/{model}_{{}}", "recall"):
+            sizes = [row["pairs"] for row in runs[0]["rows"]]
+            rows.append([f"`{options}`", *(spread([100 * run["rows"][i]["right"] for run in runs], 1) for i in range(len(sizes))),
+                         f"{runs[0]['state_bytes'] / 1024:.0f}"])
+    return sizes, rows
+
+
 def tasks_section(done):
     """Two more tasks, and the passkey with the changes."""
     rows = []
@@ -134,12 +145,6 @@ def tasks_section(done):
                 cells.append(spread([100 * row["right"] for run in runs for row in run["rows"] if row[key] == case], 1))
         if any(cells):
             rows.append([f"`{options}`", *cells])
-    pairs = []
-    for model, options in MORE_RECALL.items():
-        if runs := over_seeds(done, f"recall-mqar256/{model}_{{}}", "recall"):
-            sizes = [row["pairs"] for row in runs[0]["rows"]]
-            pairs.append([f"`{options}`", *(spread([100 * run["rows"][i]["right"] for run in runs], 1) for i in range(len(sizes))),
-                          f"{runs[0]['state_bytes'] / 1024:.0f}"])
     passkeys = []
     for model, options in {"m=64": "the memory", **{f"m=64+{name}": f"`{options}`" for name, options in PASSKEY.items()}}.items():
         runs = over_seeds(done, f"recall-passkey/{model}_{{}}", "recall")
@@ -155,12 +160,18 @@ in a window of 64 tokens; 16 values among the blanks of a window of 64 (the trai
 
 {table(["model", "one string", "two strings", "copy, 64", "256", "1,024"], rows)}
 """
-    if pairs:
-        text += f"""**Associative recall of up to {sizes[-1]} pairs** (`--data mqar {MORE_TASKS["mqar256"]}`,
+    sizes, rows = pairs_of("mqar256", done)
+    text += f"""**Associative recall of up to {sizes[-1]} pairs** (`--data mqar {MORE_TASKS["mqar256"]}`,
 the same rates and number of tokens). Right answers in percent by the number of pairs, and the state after a window:
 
-{table(["model", *map(str, sizes), "state, KiB"], pairs)}
-"""
+{table(["model", *map(str, sizes), "state, KiB"], rows)}
+""" if rows else ""
+    sizes, rows = pairs_of("mqar-any", done)
+    text += f"""**Any key asked for at any time** (`--data mqar-any {MORE_TASKS["mqar-any"]}`, the same rates), so that
+nothing can be told from the values that have not come yet; choosing one of the values gets {", ".join(f"{100 / n:.0f}" for n in sizes)} %:
+
+{table(["model", *map(str, sizes), "state, KiB"], rows)}
+""" if rows else ""
     return text + (f"""**The passkey of section 5** with the changes, by the tokens in between:
 
 {table(["model", *heads], passkeys)}
@@ -276,5 +287,5 @@ what belongs together, is right in {100 * by_elimination():.1f} %: **38 to 41 % 
 The Transformer with more tokens, or twice as wide:
 
 {solve_table(done)}
-{tasks_section(done)}    python -m experiments.run changes before conv ten drop fifth large rates solve repeat copy mqar256 passkey/m=64+ recall
+{tasks_section(done)}    python -m experiments.run changes before conv ten drop fifth large rates solve repeat copy mqar256 mqar-any passkey/m=64+ recall
 """

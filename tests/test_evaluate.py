@@ -46,6 +46,16 @@ def test_recall_windows():
         assert window[at + 1:at + 5] == window[-4:] == [t for t in targets if t >= 0] == targets[-4:]
         assert window[-5] == recall.ASK
     assert task.make(np.random.default_rng(0), 1, 31)[0, 0] == recall.HERE
+    windows = recall.Recall("mqar-any", 64, batch_size=200)(0)
+    repeated = same = 0
+    for window, targets in zip(windows.tolist(), task.targets(windows).tolist(), strict=True):
+        ask = window.index(recall.ASK)
+        pairs = dict(zip(window[:ask:2], window[1:ask:2], strict=True))
+        asked = [key for key, want in zip(window, targets, strict=False) if want >= 0]
+        assert answers(targets) == [pairs[key] for key in asked]                # any key, with its value
+        if len(pairs) == 4:                                                     # also that which was asked for last
+            same, repeated = same + len(asked) - 1, repeated + sum(a == b for a, b in itertools.pairwise(asked))
+    assert repeated / same == pytest.approx(1 / 4, abs=5 * (3 / 16 / same) ** 0.5)
     for name, hard in (("mqar", 17), ("passkey", 32), ("repeat", 2), ("copy", 17), ("copy", 0)):
         with pytest.raises(ValueError, match="room for|1 to 16 values"):
             recall.Recall(name, 64 if name == "mqar" else 40).make(np.random.default_rng(0), 1, hard)
@@ -130,8 +140,8 @@ def test_training_on_recall(recall_runs, tmp_path, capsys):
     assert checkpoint["corpus"] == "mqar" and checkpoint["tokenizer"] is None
     assert len(log_rows(recall_runs / "mqar", "val_accuracy")) == 2
     assert 4.5 < log_rows(recall_runs / "mqar", "val_loss")[-1][1] < 6          # ln 128 = 4.85, ln 259 = 5.56
-    for task, key, cases in (("mqar", "pairs", [4, 8]), ("passkey", "distance", [23, 119, 503, 4087]),
-                             ("copy", "length", [32, 128, 512]), ("repeat", "strings", [1])):
+    for task, key, cases in (("mqar", "pairs", [4, 8]), ("mqar-any", "pairs", [4, 8]), ("copy", "length", [32, 128, 512]),
+                             ("passkey", "distance", [23, 119, 503, 4087]), ("repeat", "strings", [1])):
         evaluate.main([str(recall_runs / task / "best.pt"), "--recall", "--json", str(tmp_path / "a.json")])
         rows = json.loads((tmp_path / "a.json").read_text())["recall"]["rows"]
         assert [r[key] for r in rows] == cases

@@ -22,7 +22,7 @@ class Settings:
     # the run
     preset: str = option("auto", "values for the fields marked so: gpu, cpu, or auto (by the device)")
     out: str = option("out", "folder for checkpoints and log")
-    data: str = option(str(DEFAULT), "prepared folder (the default is made when missing), or: mqar, passkey, copy, repeat")
+    data: str = option(str(DEFAULT), f"prepared folder (the default is made when missing), or: {', '.join(TASKS)}")
     resume: bool = option(False, "continue the run in --out; options given again replace the saved ones")
     overwrite: bool = option(False, "start again in a folder that holds a run, which is lost")
     device: str = option("auto", "cuda, mps, cpu, or auto")
