@@ -67,12 +67,12 @@ what it means.
 def why_table(done):
     """One part of the shared row at a time."""
     base = over_seeds(done, "short/sparse_{}", "nats")
-    rows = [["the paper's layer", spread(base), ""]]
+    rows = [["the paper's layer", spread(base), len(base), ""]]
     for name, path in {"shared": "changes/shared", **{name: f"why/{name}" for name in WHY}}.items():
         if found := over_seeds(done, path + "_{}", "nats"):
             difference = f"{found[0] - base[0]:+.3f}" if f"{path}_{SEED}" in done else ""
-            rows.append([f"`{WHY.get(name, '--shared_row')}`", spread(found), difference])
-    return table(["change", "nats per token", "difference, first seed"], rows) if len(rows) > 2 else ""
+            rows.append([f"`{WHY.get(name, '--shared_row')}`", spread(found), len(found), difference])
+    return table(["change", "nats per token", "seeds", "difference, first seed"], rows) if len(rows) > 2 else ""
 
 
 def why_section(done):
