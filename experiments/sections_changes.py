@@ -168,7 +168,7 @@ the same rates and number of tokens). Right answers in percent by the number of 
 """ if rows else ""
     sizes, rows = pairs_of("mqar-any", done)
     text += f"""**Any key asked for at any time** (`--data mqar-any {MORE_TASKS["mqar-any"]}`, the same rates), so that
-nothing can be told from the values that have not come yet; choosing one of the values gets {", ".join(f"{100 / n:.0f}" for n in sizes)} %:
+nothing can be told from the values that have not come yet; choosing one of the values gets {", ".join(f"{100 / n:.1f}" for n in sizes)} %:
 
 {table(["model", *map(str, sizes), "state, KiB"], rows)}
 """ if rows else ""
