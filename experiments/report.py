@@ -161,7 +161,7 @@ def pages(draw=True):
 Written by `python -m experiments.report` from results/experiments.jsonl and results/bench_models.json: no number here is typed by
 hand. `python -m experiments.run --list` shows every command, `python -m experiments.run` runs what is missing, one per core on one
 thread each. Nearly all of it ran on two cores of an Intel Xeon virtual machine (AVX-512, no GPU), PyTorch 2.13.0, float32. The models have
-a million parameters or fewer and read a million tokens or fewer, in section 8 ten million: enough to tell the mixers apart at this size,
+a million parameters or fewer (three of section 8: 3.6 million) and read a million tokens or fewer (in section 8 ten million): enough to tell the mixers apart at this size,
 and no more than that. Another number of threads rounds differently and moves the third decimal.
 
 ## Language, recall, state
