@@ -72,7 +72,7 @@ TEN = {"sparse": "", "shared+shift": "--shared_row --shift", "shared+shift+gate"
        "mamba2": "--mixer mamba2", "transformer": "--mixer attention", "conv+gate": "--conv 4 --gate", "shared": "--shared_row",
        "all": "--shared_row --shift --conv 4 --gate", "dense": "--k_rows none", "extended": MODELS["extended"]}
 TEN_SEEDED = "all", "mamba2", "transformer"     # those of more seeds
-# the same with 3.5 million parameters and a context of 512
+# the same with 3.6 million parameters and a context of 512
 LARGE = "--n_layer 9 --d_model 192 --n_rows 48 --k_rows 12 --context 512 --batch_size 4 --eval_every 500 --sample_tokens 0"
 # recall again, with the rate swept for every model, four times as long
 RATES = "4e-3", "16e-3", "8e-3", "2e-3", "1e-3"
@@ -87,7 +87,7 @@ SOLVE = {"transformer_4e-3": (24000, "--mixer attention --n_head 4 --lr 4e-3"),
          "transformer-128_2e-3": (12000, "--d_model 128 --mixer attention --n_head 4 --lr 2e-3"),
          "transformer-batch_4e-3": (3000, "--batch_size 256 --mixer attention --n_head 4 --lr 4e-3"),
          "transformer-4-layers_2e-3": (12000, "--n_layer 4 --mixer attention --n_head 4 --lr 2e-3"),
-         # where nothing can be eliminated, with as many tokens as others have used for such tasks
+         # where nothing can be eliminated, with 400 million tokens
          "transformer-any_2e-3": (200000, "--data mqar-any --mixer attention --n_head 4 --lr 2e-3")}
 # why the shared row helps: one part of it at a time, and what might do the same without it
 WHY = {"written": "--ablation shared=write", "read": "--ablation shared=read", "bias": "--ablation shared=bias",
