@@ -19,9 +19,9 @@ def spread(values, digits=3):
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def several(values):
+def several(values, digits=3):
     """As `spread`, but of one seed the number alone."""
-    return spread(values) if len(values) > 1 else "".join(map(shown, values))
+    return spread(values, digits) if len(values) > 1 else "".join(shown(value, digits) for value in values)
 
 
 def table(head, rows):
