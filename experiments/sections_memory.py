@@ -6,7 +6,8 @@ from experiments.tables import NAMES, over_seeds, several, shown, spread, table,
 
 SEED = SEEDS[0]
 # model: its runs at a million tokens, at ten million, its name in the recall experiments
-HEADLINE = {"memory, as in the paper": ("short/sparse", "sparse", "paper"),
+HEADLINE = {"memory, as in the paper": ("short/sparse", "sparse", "paper"), "memory, dense": ("short/dense", "dense", None),
+            "memory + shared row": ("changes/shared", "shared", "shared"),
             "memory + shared row + shift": ("changes/shared+shift", "shared+shift", "shared+shift"),
             "memory + shared row + shift + gate": ("changes/shared+shift+gate", "shared+shift+gate", None),
             "memory + all four": ("changes/shared+shift+conv+gate", "all", None),
