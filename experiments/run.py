@@ -302,8 +302,11 @@ def run(prefixes, jobs):
                if (not prefixes or name.startswith(tuple(prefixes))) and done.get(name, {}).get("command") != command]
     print(f"{len(waiting)} to run", flush=True)
 
+    def reads(name):
+        return [other for other in known if f"/{other}/" in known[name]]
+
     def ready(name):
-        return not any(f"/{other}/" in known[name] for other in [*busy, *waiting] if other != name)
+        return not any(other in (*busy, *waiting) for other in reads(name))
 
     def work():
         while True:
@@ -315,7 +318,10 @@ def run(prefixes, jobs):
                 waiting.remove(name)
                 busy.add(name)
             try:
-                line = run_one(name, known[name])
+                # the checkpoint of a run that was stopped is there as well
+                if lacking := [other for other in reads(name) if done.get(other, {}).get("command") != known[other]]:
+                    raise RuntimeError(f"{name} reads the checkpoint of {lacking[0]}, which must be run to its end first")
+                line = done[name] = run_one(name, known[name])
                 with changed, open(LINES, "a", encoding="utf-8") as f:
                     f.write(json.dumps(line, separators=(",", ":")) + "\n")
                 print(f"{line['seconds']:7.0f} s  {name}  {line['result'].get('nats', '')}", flush=True)

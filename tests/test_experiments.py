@@ -52,8 +52,8 @@ def test_experiments_are_run_once_and_resumed(corpus, tmp_path, monkeypatch, cap
     assert "1234.5" not in log.read_text() and len(log_rows(tmp_path / "a/one", "train_loss")) == 6     # from the start
 
 
-def test_what_reads_a_checkpoint_waits_for_its_run(tmp_path, monkeypatch):
-    """Five workers: the evaluations begin when the run they read has ended, also if it failed."""
+def test_what_reads_a_checkpoint_waits_for_its_run(tmp_path, monkeypatch, capsys):
+    """Five workers: an evaluation begins when the run that it reads has ended, and not at all if that failed or was stopped."""
     order, lock = [], threading.Lock()
     known = {"a/x": "train", "b/x": "train", "eval/a": "evaluate out/a/x/last.pt", "eval/b": "evaluate out/b/x/last.pt"}
 
@@ -68,9 +68,12 @@ def test_what_reads_a_checkpoint_waits_for_its_run(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "experiments", lambda: known)
     monkeypatch.setattr(experiments, "run_one", run_one)
     monkeypatch.setattr(experiments, "LINES", tmp_path / "lines.jsonl")
-    with pytest.raises(SystemExit, match="1 failed: b/x"):
+    with pytest.raises(SystemExit, match="2 failed: b/x, eval/b"):
         experiments.run([], 5)
-    assert order == ["a/x", "eval/a", "b/x", "eval/b"] and set(experiments.results()) == {"a/x", "eval/a", "eval/b"}
+    assert order == ["a/x", "eval/a", "b/x"] and set(experiments.results()) == {"a/x", "eval/a"}
+    with pytest.raises(SystemExit, match="1 failed: eval/b"):
+        experiments.run(["eval/"], 1)
+    assert "reads the checkpoint of b/x, which must be run to its end first" in capsys.readouterr().out
 
 
 def test_bench(tmp_path, capsys):
