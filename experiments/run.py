@@ -257,7 +257,8 @@ def results():
 
 
 def run_one(name, command):
-    """Runs it, on one thread; returns its line for experiments.jsonl. Raises RuntimeError with the last line it printed."""
+    """Runs it, on one thread; returns its line for experiments.jsonl. Raises RuntimeError with the last line it printed, also
+    if it was stopped: train.py ends well then, but not at its last step."""
     out = OUT / name
     words, start = command.split(), time.perf_counter()
     training = words[1] == "train.py"
@@ -273,6 +274,8 @@ def run_one(name, command):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{name}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+    if training and "\nstopped " in done.stdout:
+        raise RuntimeError(f"{name}: {done.stdout.strip().splitlines()[-1]}")
     result = read_log(ROOT / out, done.stdout) if training else json.loads((ROOT / f"{out}.json").read_text())
     if "routing" in result and name != SHOWN:           # the bulky part, of which one is shown
         del result["routing"]["sentence"]

@@ -1,6 +1,7 @@
 """experiments/: runs that are run once and resumed, benchmarks on tiny shapes."""
 import json
 import re
+import subprocess
 import threading
 import time
 
@@ -74,6 +75,15 @@ def test_what_reads_a_checkpoint_waits_for_its_run(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit, match="1 failed: eval/b"):
         experiments.run(["eval/"], 1)
     assert "reads the checkpoint of b/x, which must be run to its end first" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
+    """train.py that gets Ctrl-C saves and exits with 0; its figures are not those of the command."""
+    monkeypatch.setattr(experiments, "OUT", tmp_path)
+    said = "model     1,000 parameters\nstopped   after step 2, saved; python train.py --resume --out x continues\n"
+    monkeypatch.setattr(experiments.subprocess, "run", lambda words, **more: subprocess.CompletedProcess(words, 0, said, ""))
+    with pytest.raises(RuntimeError, match="a/one: stopped   after step 2"):
+        experiments.run_one("a/one", "python train.py --max_steps 6")
 
 
 def test_bench(tmp_path, capsys):
