@@ -276,12 +276,22 @@ def run_one(name, command):
         raise RuntimeError(f"{name}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
     if training and "\nstopped " in done.stdout:
         raise RuntimeError(f"{name}: {done.stdout.strip().splitlines()[-1]}")
-    result = read_log(ROOT / out, done.stdout) if training else json.loads((ROOT / f"{out}.json").read_text())
+    result = read_log(ROOT / out, done.stdout) if training else json.loads((ROOT / f"{out}.json").read_text(), parse_float=short)
     if "routing" in result and name != SHOWN:           # the bulky part, of which one is shown
         del result["routing"]["sentence"]
         for layer in result["routing"]["layers"]:
             del layer["collected"], layer["use"]
     return {"name": name, "command": command, "seconds": round(time.perf_counter() - start, 1), "result": result}
+
+
+def short(number):
+    """Eight digits of it, which is more than a page shows: the file of results is kept with the code."""
+    return float(f"{float(number):.8g}")
+
+
+def thinned(points):
+    """At most 45 of a curve's points: the last five, of which pages show the mean, and others evenly before them."""
+    return points[:-5][::max(-(-len(points) // 40), 1)] + points[-5:]
 
 
 def read_log(out, printed):
@@ -292,7 +302,7 @@ def read_log(out, printed):
     words = next(line for line in printed.splitlines() if line.startswith("model ")).split()
     return {"parameters": int(words[1].replace(",", "")), "tokens": int(evals[-1]["tokens"]),
             "curve": [[int(r["step"]), float(r["val_loss"])] for r in evals[:-1]],
-            "train": [[int(r["step"]), float(r["train_loss"])] for r in rows if r["train_loss"]][4::5],
+            "train": thinned([[int(r["step"]), float(r["train_loss"])] for r in rows if r["train_loss"]][4::5]),
             "nats": float(evals[-1]["val_loss"]),
             **{key: float(evals[-1][column]) for key, column in (("bits_per_byte", "val_bpb"), ("right", "val_accuracy"))
                if evals[-1][column]}}

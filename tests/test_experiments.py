@@ -86,6 +86,13 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
         experiments.run_one("a/one", "python train.py --max_steps 6")
 
 
+def test_a_long_run_leaves_no_long_line():
+    points = [[step, 1 / step] for step in range(1, 4001)]
+    kept = experiments.thinned(points)
+    assert len(kept) == 45 and kept[0] == points[0] and kept[-5:] == points[-5:] and kept == sorted(kept)
+    assert all(experiments.thinned(points[:n]) == points[:n] for n in (0, 1, 5, 40)) and experiments.short("0.123456789") == 0.12345679
+
+
 def test_bench(tmp_path, capsys):
     """Every table, on tiny shapes; the figures are in the file that it names."""
     page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
