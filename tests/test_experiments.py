@@ -90,7 +90,8 @@ def test_a_long_run_leaves_no_long_line():
     points = [[step, 1 / step] for step in range(1, 4001)]
     kept = experiments.thinned(points)
     assert len(kept) == 45 and kept[0] == points[0] and kept[-5:] == points[-5:] and kept == sorted(kept)
-    assert all(experiments.thinned(points[:n]) == points[:n] for n in (0, 1, 5, 40)) and experiments.short("0.123456789") == 0.12345679
+    assert all(experiments.thinned(points[:n]) == points[:n] for n in (0, 1, 5, 40))
+    assert experiments.short("0.123456789") == 0.12345679
 
 
 def test_bench(tmp_path, capsys):
