@@ -95,7 +95,7 @@ WHY = {"written": "--ablation shared=write", "read": "--ablation shared=read", "
        "learned_rows": "--ablation learned_rows"}
 OVER = {"paper": "", "shared": "--shared_row", "shared+shift": "--shared_row --shift"}     # with --routing every 100 steps
 SEATED = [(m, k) for m in (4, 16, 64, 256) for k in dict.fromkeys((m // 4, 4)) if k <= m]    # m rows beside the shared one
-# more tasks of recall, the rates of sections 1 and 8; mqar256: 4 to 32 pairs
+# more tasks of recall, the rates of sections 1 and 8; mqar256: 4 to 64 pairs
 MORE_TASKS = {**dict.fromkeys(("copy", "repeat"), "--context 64 --batch_size 32 --max_steps 2400 --eval_every 400"),
               "mqar256": "--context 256 --batch_size 8 --max_steps 4800 --eval_every 800",
               "mqar-any": "--context 64 --batch_size 32 --max_steps 4800 --eval_every 400"}

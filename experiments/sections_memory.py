@@ -15,7 +15,7 @@ HEADLINE = {"memory, as in the paper": ("short/sparse", "sparse", "paper"), "mem
             "Mamba-2": ("short/mamba2", "mamba2", "mamba2"), "Transformer": ("short/transformer", "transformer", "transformer")}
 
 
-SHORT = {"mqar256": "MQAR to 32 pairs", "mqar-any": "MQAR, any key"}
+SHORT = {"mqar256": "MQAR to 64 pairs", "mqar-any": "MQAR, any key"}
 
 
 def best_rate(done, model):
