@@ -1,198 +1,266 @@
 """Factorization Memory: a recurrent language model whose state is a small table of memory rows.
 
-The method is that of L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language Modeling With Factorization Memory",
-arXiv 2511.00315 (2025). Each layer keeps a memory h of m rows. A token with input x belongs to each row to some degree (alpha);
-every row moves towards the same vector xbar by a share theta of its own; what is read is a mixture of the rows, each brought to
-unit rms. In the sparse form a token writes and reads only the k rows of the largest alpha; all others keep their value exactly.
-The state has a fixed size, so a token costs the same after any text.
+The method is that of L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language Modeling With
+Factorization Memory", arXiv 2511.00315 (2025). Each layer keeps a memory h of m rows. A token with
+input x belongs to each row to some degree (alpha). Every row moves towards the same vector xbar, by
+a share theta of its own; what is read is a mixture of the rows, each scaled to unit RMS. In the
+sparse form a token writes to and reads from only the k rows with the largest alpha; all others keep
+their value exactly. The state has a fixed size, so the cost of a token does not grow with the text.
 
-    symbol   eq.   shape    B texts, T tokens (C in a chunk), m rows, k rows chosen per token, d = d_memory
-    alpha    4     B T m    softmax(W_alpha x / tau)            memory affinity; sums to 1; tau is the temperature
-    eta      5     B T 1    sigmoid(w_eta . x)                  update rate: how much the token writes
-    mu       6     B T 1    sigmoid(w_mu . x)                   merge rate: how much it reads
-    theta    7     B T m    eta alpha                           update (write) weights, in [0, 1]
-    phi      8     B T m    mu alpha                            merge (read) weights, in [0, 1]
-    xbar     9     B T d    W_i x                               input projection: what is written, the same for all rows
-    h        10    B m d    (1 - theta) h + theta xbar          the memory, or state; h0 before the first token, hT after the last
-    y        11    B T d    sum_i phi[i] h[i] / rms(h[i])       the read, after the write; W_o is applied to it
-    gamma    12    B T m    top-k mask of alpha                 outside it alpha = 0, inside it is rescaled to sum to 1 (13)
+    symbol  eq.  shape    B sequences, T tokens, m rows, k rows per token, d = d_memory
+    alpha   4    B T m    softmax(W_alpha x / tau)       memory affinity; tau is the temperature
+    eta     5    B T 1    sigmoid(w_eta . x)             update rate: how much the token writes
+    mu      6    B T 1    sigmoid(w_mu . x)              merge rate: how much it reads
+    theta   7    B T m    eta alpha                      update (write) weights, in [0, 1]
+    phi     8    B T m    mu alpha                       merge (read) weights, in [0, 1]
+    xbar    9    B T d    W_i x                          what is written, the same for every row
+    h       10   B m d    (1 - theta) h + theta xbar     the memory, or state; starts as zeros
+    y       11   B T d    sum_i phi[i] h[i] / rms(h[i])  the read, after the write; then W_o
+    gamma   12   B T m    top-k mask of alpha            the k largest, rescaled to sum to 1 (13)
 
-This file is the whole model, from top to bottom: routing, the recurrence as a loop over the tokens (`scan_loop`, the
-definition) and in matrix products (`scan_chunked`), the layer, the block, the language model, generation. It needs torch
-alone. With the folder fast/ beside it the same results come faster (`scan` chooses); train.py trains. The paper does not say how
-the weights and h0 start, or what the norms add: FMem.init_weights, zeros, and 1e-5 with no gain in the row norm are our answers.
+Among its relatives, this is a gated linear attention with m rows, in which keys and queries are the
+same softmax gates, every row is written the same vector, and the read normalises each row. Or: a
+minGRU with m rows that share one candidate.
+
+This file is the whole model, in reading order: routing, the recurrence as a loop over the tokens
+(`scan_loop`, the definition) and in matrix products (`scan_chunked`, what runs), the layer, the
+block, the language model, generation. It needs torch alone; on a GPU the one serial part,
+`recurrence`, is the Triton kernel of kernel.py. The paper does not say how the weights and the
+memory start, nor what the norms add: init_weights, zeros, and 1e-5 without a gain are our answers.
 """
+
 import math
-from collections.abc import Callable, Iterator
+import warnings
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-try:
-    import fast
-    fast = fast if hasattr(fast, "capture_step") else None      # some other package may have this name
-except ImportError:
-    fast = None                                                 # this file alone: the same results, slower
-
-FORMS = "auto", "loop", "chunked", "fast", "kernel"
-COUNT = (int,), "whole number of at least 1 and at most 2**24", lambda v: 1 <= v <= 2**24
-LIMITS = {**dict.fromkeys(("vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "d_mlp"), COUNT),
-          **dict.fromkeys(("tau", "norm_eps"), ((int, float), "number above 0", lambda v: 0 < v < math.inf)),
-          "alpha_std": ((int, float), "number of at least 0", lambda v: 0 <= v < math.inf),
-          "dropout": ((int, float), "number from 0 to below 1", lambda v: 0 <= v < 1)}
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
 class FMemConfig:
-    """What a model is made of. Raises ValueError, saying what is wrong, on a value that cannot work."""
-    vocab_size: int = 1025          # number of tokens
-    n_layer: int = 4                # blocks of memory and MLP
-    d_model: int = 256              # width of the residual stream
-    d_memory: int | None = None     # d, width of a memory row; None: d_model
-    n_rows: int = 64                # m, rows of the memory
-    k_rows: int | None = 16         # k, rows that a token writes and reads; None: all of them, the dense form
-    tau: float = 0.25               # temperature of the affinity; the smaller, the faster the routing learns
-    alpha_std: float = 1.0          # standard deviation of the affinity's logits (after tau) at initialisation
-    d_mlp: int | None = None        # hidden width of the MLP; None: 8/3 d_model, rounded up to a multiple of 32
-    dropout: float = 0.0            # on the embedding and on what each layer adds, in training only
-    tie_embeddings: bool = True     # the output layer shares the embedding's weights
-    norm_eps: float = 1e-5          # added to the mean square in every RMS norm, the row norm of eq. 11 included
-    scan: str = "auto"              # form of the recurrence, see `scan`
-    recompute: bool = False         # with "fast" and "kernel": keep less for the gradient, compute more
+    """What a model is made of. Raises ValueError, naming the field, on a value that cannot work."""
+
+    vocab_size: int = 1025  # number of tokens
+    n_layer: int = 4  # blocks of memory and MLP
+    d_model: int = 256  # width of the residual stream
+    d_memory: int | None = None  # d, width of a memory row; None: d_model
+    n_rows: int = 64  # m, rows of the memory
+    k_rows: int | None = 16  # k, rows that a token writes and reads; None: all, the dense form
+    tau: float = 0.25  # temperature of the affinity; the smaller, the faster the routing learns
+    alpha_std: float = 1.0  # standard deviation of the affinity's logits (after tau) at the start
+    d_mlp: int | None = None  # hidden width of the MLP; None: 8/3 d_model, up to a multiple of 32
+    dropout: float = 0.0  # on the embedding and on what each layer adds, in training only
+    tie_embeddings: bool = True  # the output layer shares the embedding's weights
+    norm_eps: float = 1e-5  # added to the mean square in every RMS norm, that of eq. 11 included
+    scan: str = "chunked"  # "chunked", or "loop": the definition, slowly
+    recompute: bool = False  # keep only the scan's inputs for the gradient, and compute it twice
 
     def __post_init__(self):
-        self.d_memory = self.d_model if self.d_memory is None else self.d_memory
-        if self.d_mlp is None and type(self.d_model) is int:
-            self.d_mlp = -(-8 * self.d_model // (3 * 32)) * 32
-        for name, (kinds, limit, fits) in LIMITS.items():
+        if self.d_memory is None:
+            self.d_memory = self.d_model
+        if self.k_rows is None:
+            self.k_rows = self.n_rows
+        if self.d_mlp is None:
+            self.d_mlp = (8 * self.d_model + 95) // 96 * 32
+        for name in ("vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "k_rows", "d_mlp"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not fits(value):
-                raise ValueError(f"{name} must be a {limit}, not {value!r}")
-        if self.k_rows is not None and (type(self.k_rows) is not int or not 1 <= self.k_rows <= self.n_rows):
-            raise ValueError(f"k_rows must be from 1 to n_rows ({self.n_rows}), or None for all rows, not {self.k_rows!r}")
-        if self.scan not in FORMS:
-            raise ValueError(f"scan must be one of {', '.join(FORMS)}, not {self.scan!r}")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.k_rows > self.n_rows:
+            raise ValueError(f"k_rows must be at most n_rows ({self.n_rows}), not {self.k_rows}")
+        for name in ("tau", "norm_eps", "alpha_std"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.scan not in ("chunked", "loop"):
+            raise ValueError(f'scan must be "chunked" or "loop", not {self.scan!r}')
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in float32 at least: bf16 cannot tell theta = 0.998 from 1, so weights, norms and states are never narrower."""
+def wide(x):
+    """x in float32 at least: bf16 cannot tell theta = 0.998 from 1."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def route(x: Tensor, W_alpha: nn.Linear, w_eta: nn.Linear, w_mu: nn.Linear, tau: float,
-          k: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Which rows a token takes, and how much it writes to and reads from them: equations 4 to 8, 12 and 13. x [..., d_model].
+def has_float64(device):
+    """Whether the device has float64, which `scan_chunked` needs: Apple's GPUs do not."""
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).has_fp64
+    return device.type != "mps"
 
-    Returns theta, phi [..., k] and the numbers of their rows [..., k]; with k None or m, theta and phi of all rows, and None.
+
+def route(x, W_alpha, w_eta, w_mu, tau, k):
+    """Which rows a token takes, how much it writes and reads: eqs. 4 to 8, 12, 13.
+
+    x [..., d_model]; W_alpha, w_eta and w_mu are linear layers. Returns theta and phi [..., k], and
+    the indices of their rows [..., k]; in the dense form (k = m) those of all rows, and None.
     """
     with torch.autocast(x.device.type, enabled=False):
-        logits, eta, mu = (wide(W(x.to(W.weight.dtype))) for W in (W_alpha, w_eta, w_mu))
-        alpha, rows = torch.softmax(logits / tau, -1), None                             # eq. 4
-        eta, mu = torch.sigmoid(eta), torch.sigmoid(mu)                                 # eqs. 5, 6
-        if k is not None and k < alpha.shape[-1]:
-            alpha, rows = alpha.topk(k, -1)                                             # eq. 12
-            alpha = alpha / alpha.sum(-1, keepdim=True)                                 # eq. 13
-        return eta * alpha, mu * alpha, rows                                            # eqs. 7, 8
+        x = x.to(W_alpha.weight.dtype)
+        alpha = torch.softmax(wide(W_alpha(x)) / tau, -1)  # eq. 4
+        eta = torch.sigmoid(wide(w_eta(x)))  # eq. 5
+        mu = torch.sigmoid(wide(w_mu(x)))  # eq. 6
+        rows = None
+        if k < alpha.shape[-1]:
+            alpha, rows = alpha.topk(k, -1)  # eq. 12
+            alpha = alpha / alpha.sum(-1, keepdim=True)  # eq. 13
+        return eta * alpha, mu * alpha, rows  # eqs. 7, 8
 
 
-def scan_loop(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """The memory, token by token: equations 10 and 11 without W_o. This is the definition; it is slow.
+def scan_loop(theta, phi, xbar, h0=None, eps=1e-5):
+    """The memory, token by token: eqs. 10 and 11 without W_o. This is the definition; it is slow.
 
-    theta, phi [B, T, m] in [0, 1]; xbar [B, T, d]; h0 [B, m, d] or None for zeros.
-    Returns y [B, T, d] in xbar's dtype and hT [B, m, d] in float32 (float64 if xbar is). Differentiable in all four inputs.
-    Raises ValueError for shapes that do not fit.
+    theta, phi [B, T, m] in [0, 1]; xbar [B, T, d]; h0 [B, m, d], or None for zeros.
+    Returns y [B, T, d] in xbar's dtype, and the memory after the last token [B, m, d] in float32
+    (float64 if xbar is). Raises ValueError for shapes that do not fit.
     """
-    h, y = initial_state(theta, phi, xbar, h0), []
+    h = initial_memory(theta, phi, xbar, h0)
+    reads = []
     with torch.autocast(xbar.device.type, enabled=False):
-        inputs = (wide(v).unbind(1) for v in (theta, phi, xbar))
-        for theta_t, phi_t, xbar_t in zip(*inputs, strict=True):
-            h = (1 - theta_t)[..., None] * h + theta_t[..., None] * xbar_t[:, None]         # eq. 10
+        tokens = zip(wide(theta).unbind(1), wide(phi).unbind(1), wide(xbar).unbind(1), strict=True)
+        for theta_t, phi_t, xbar_t in tokens:
+            h = (1 - theta_t)[..., None] * h + theta_t[..., None] * xbar_t[:, None]  # eq. 10
             rms = torch.sqrt(h.square().mean(-1, keepdim=True) + eps)
-            y.append(torch.einsum("bm,bmd->bd", phi_t, h / rms))                            # eq. 11
-    return torch.stack(y, 1).to(xbar.dtype), h
+            reads.append(torch.einsum("bm,bmd->bd", phi_t, h / rms))  # eq. 11
+    return torch.stack(reads, 1).to(xbar.dtype), h
 
 
-def initial_state(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None) -> Tensor:
-    """h0 in float32 at least, zeros for None. Raises ValueError when the shapes of a scan do not fit."""
-    (B, T, m), d = theta.shape, xbar.shape[-1]
-    h0 = wide(xbar).new_zeros(B, m, d) if h0 is None else h0
-    if T == 0 or phi.shape != theta.shape or xbar.shape[:2] != (B, T) or h0.shape != (B, m, d):
+def initial_memory(theta, phi, xbar, h0):
+    """h0 in float32 at least, zeros for None. Raises ValueError if a scan's shapes do not fit."""
+    B, T, m = theta.shape
+    d = xbar.shape[-1]
+    if h0 is None:
+        h0 = wide(xbar).new_zeros(B, m, d)
+    if T == 0 or phi.shape != (B, T, m) or xbar.shape != (B, T, d) or h0.shape != (B, m, d):
         shapes = ", ".join(str(tuple(v.shape)) for v in (theta, phi, xbar, h0))
-        raise ValueError(f"a scan takes theta, phi [B, T, m], xbar [B, T, d] and h0 [B, m, d], T at least 1, not {shapes}")
+        expected = "theta, phi [B, T, m], xbar [B, T, d] and h0 [B, m, d], T at least 1"
+        raise ValueError(f"a scan takes {expected}, not {shapes}")
     return h0.to(wide(xbar).dtype)
 
 
-def scan_chunked(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = None, eps: float = 1e-5,
-                 C: int = 16) -> tuple[Tensor, Tensor]:
-    """scan_loop by matrix products, C tokens at a time: the same arguments, results and gradients, for any T.
+kernel = None
+if torch.cuda.is_available():  # true with AMD's GPUs too
+    try:
+        if __package__:
+            from . import kernel
+        else:
+            import kernel
+        if Path(kernel.__file__).resolve().parent != Path(__file__).resolve().parent:
+            raise ImportError(f"{kernel.__file__} is another module of this name")
+    except ImportError as error:
+        kernel = None
+        warnings.warn(f"the recurrence runs as a loop, without kernel.py: {error}", stacklevel=2)
 
-    Eq. 10 is linear, so inside a chunk each row is H, the row before the chunk, times a number, plus a weighted sum of the
-    chunk's inputs. These C + 1 coefficients follow eq. 10 themselves:
 
-        h_t = F_t H + sum_{s <= t} E_t[s] xbar_s    F_t = (1 - theta_t) F_{t-1},  E_t = (1 - theta_t) E_{t-1} + theta_t (at s = t)
+def recurrence(keep, write, first):
+    """s_t = keep_t s_{t-1} + write_t, from s_0 = first: the only part of the scan that is serial.
 
-    The norm in eq. 11 is not linear. But all that it needs of a row is its squared length n_t, and that has a recurrence of
-    its own, made of inner products that are known before any h_t is: K = xbar xbar^T and S = xbar H^T.
+    keep [G, T, m], write [G, T, m, d], first [G, m, d]. Returns the s before each step [G, T, m, d]
+    in write's dtype, and the last one [G, m, d] in float32 (float64 if first is).
+    """
+    if kernel is not None and write.is_cuda:
+        return kernel.recurrence(keep, write, first)
+    s = first
+    before = []
+    for keep_t, write_t in zip(keep.unbind(1), write.unbind(1), strict=True):
+        before.append(s)
+        s = keep_t[..., None] * s + write_t
+    return torch.stack(before, 1).to(write.dtype), s
 
-        <h_t, xbar_t> = F_t S_t + sum_s E_t[s] K_ts
+
+CHUNK = 32  # tokens per chunk, at most this many: see TINY
+TINY = 1e-8  # a row keeps at least this share of itself, so that its logarithm exists
+
+
+def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5, C=CHUNK):
+    """`scan_loop` in matrix products, C tokens at a time: same arguments, results and gradients.
+
+    Let H be the memory before a chunk, and G_t the sum of log(1 - theta) over the chunk's tokens up
+    to t. Since eq. 10 is linear in h, it is linear attention inside the chunk, with keys w and a
+    decay:
+
+        decay_t = exp(G_t)    w_s = theta_s exp(-G_s)    h_t = decay_t (H + sum_{s<=t} w_s xbar_s)
+
+    The norm in eq. 11 is not linear. But all that it needs of a row is its squared length n_t, and
+    that has a recurrence of its own, made of inner products that are known before any h_t is:
+
+        <h_t, xbar_t> = decay_t (<H, xbar_t> + sum_{s<=t} w_s <xbar_s, xbar_t>)
         n_t = (1 - theta_t)^2 n_{t-1} + theta_t (2 <h_t, xbar_t> - theta_t <xbar_t, xbar_t>)
-        y_t = sum_i q_t[i] F_t[i] H[i] + sum_s A_ts xbar_s,     q_t = phi_t / sqrt(n_t / d + eps),  A_ts = sum_i q_t[i] E_t[i, s]
 
-    Nothing is divided by theta or 1 - theta, so both ends of [0, 1] are exact in every dtype. A token with theta = phi = 0
-    changes nothing, so the last chunk is filled up with such tokens.
+    With q_t = phi_t / sqrt(n_t / d + eps) the read is linear again:
+
+        y_t = sum_i q_t[i] decay_t[i] H[i] + sum_{s<=t} (sum_i q_t[i] decay_t[i] w_s[i]) xbar_s
+
+    Two recurrences are left that are serial: H from chunk to chunk, and n_t inside a chunk.
+
+    G, decay and w are float64: exp(G) and exp(-G) must neither overflow nor lose digits. A theta of
+    1 erases a row, and log(1 - theta) would be -inf, so a row keeps at least a share of TINY: 32
+    such tokens leave 1e-256, still a float64. That is cheap, since none of the three grows with d.
+    Results and gradients are exact to 3e-7 in float32, for theta of 0 and 1 too. In float64 TINY
+    shows: they are exact to 2e-8.
+
+    Under autocast xbar is bf16. It and H are rounded once, and the lengths are those of the rounded
+    values, which are what is read.
     """
-    H, (T, d) = initial_state(theta, phi, xbar, h0), xbar.shape[1:]
-    theta, phi, x = (F.pad(wide(v), (0, 0, 0, -T % C)).unflatten(1, (-1, C)) for v in (theta, phi, xbar))     # [B, N, C, .]
-    a = 1 - theta
+    h0 = initial_memory(theta, phi, xbar, h0)
+    T, d = xbar.shape[1:]
+    C = min(C, T)
+
+    def chunks(v):  # [B, T, .] -> [B, N, C, .]; what fills the last chunk has theta = phi = 0
+        return F.pad(v, (0, 0, 0, -T % C)).unflatten(1, (-1, C))
+
     with torch.autocast(xbar.device.type, enabled=False):
-        # 1. The coefficients, all N chunks at once: F_ [B, N, C, m], E [B, N, C, C, m] of (t, s, row).
-        F_t, E_t, coefficients = torch.ones_like(a[:, :, 0]), torch.zeros_like(a), []
-        for a_t, theta_t, at_t in zip(a.unbind(2), theta.unbind(2), torch.eye(C, device=a.device, dtype=a.dtype), strict=True):
-            F_t, E_t = a_t * F_t, a_t[:, :, None] * E_t + at_t[:, None] * theta_t[:, :, None]
-            coefficients.append((F_t, E_t))
-        F_, E = (torch.stack(v, 2) for v in zip(*coefficients, strict=True))
-        # 2. The memory before each chunk: all that passes from one chunk to the next.
-        states = []
-        for keep, written in zip(F_t.unbind(1), (E_t.mT @ x).unbind(1), strict=True):
-            states.append(H)
-            H = keep[..., None] * H + written
-        states = torch.stack(states, 1)                                                         # [B, N, m, d]
-        # 3. The squared lengths of the rows, hence q.
-        K, S = x @ x.mT, x @ states.mT
-        hx = F_ * S + torch.einsum("bntsm,bnts->bntm", E, K)                                    # <h_t, xbar_t>
-        change = theta * (2 * hx - theta * K.diagonal(dim1=-2, dim2=-1)[..., None])
-        n_t, lengths = states.square().sum(-1), []
-        for a_t, change_t in zip(a.unbind(2), change.unbind(2), strict=True):
-            n_t = a_t.square() * n_t + change_t
-            lengths.append(n_t)
-        q = phi * torch.rsqrt(torch.stack(lengths, 2).clamp_min(0) / d + eps)
-        y = (q * F_) @ states + torch.einsum("bntsm,bntm->bnts", E, q) @ x                      # 4. The read.
-    return y.flatten(1, 2)[:, :T].to(xbar.dtype), H
+        x = chunks(xbar)  # [B, N, C, d]
+        x_wide = wide(x)
+        theta = chunks(theta.to(x_wide.dtype))  # [B, N, C, m]
+        phi = chunks(phi.to(x_wide.dtype))  # [B, N, C, m]
 
+        # The weights of the chunk's start and of its tokens in each row, in float64.
+        log_keep = torch.log1p((TINY - 1) * theta.double())  # [B, N, C, m]
+        G = log_keep.cumsum(2)
+        decay = G.exp()
+        w = theta.double() * (-G).exp()
 
-def scan(theta: Tensor, phi: Tensor, xbar: Tensor, h0: Tensor | None = None, eps: float = 1e-5, form: str = "auto",
-         recompute: bool = False) -> tuple[Tensor, Tensor]:
-    """`scan_loop`, with its arguments and results, in another form: "chunked", in plain PyTorch; "fast", chunked with a gradient
-    of its own (fast/chunked.py); "kernel", in Triton (kernel.py); "auto", the fastest that runs here. recompute: "fast" and
-    "kernel" keep only their inputs for the gradient. Raises ValueError for shapes or forms that do not fit.
-    """
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
-    if fast is None and form in ("fast", "kernel"):
-        raise ValueError(f'form "{form}" needs the folder fast/ beside fmem.py; without it take "auto"')
-    if fast:
-        form, _ = fast.choose(form, xbar.device, int(theta.shape[-1]), int(xbar.shape[-1]), xbar.dtype)
-    if form in ("fast", "kernel"):
-        return fast.scan(theta, phi, xbar, initial_state(theta, phi, xbar, h0), eps, form, recompute)
-    return (scan_loop if form == "loop" else scan_chunked)(theta, phi, xbar, h0, eps)
+        # The memory before each chunk.
+        whole = decay[:, :, -1]  # [B, N, m] what is left of H after the chunk
+        written = (w * whole[:, :, None]).to(x.dtype).mT @ x  # [B, N, m, d]
+        H, last = recurrence(whole.to(theta.dtype), written, h0)  # [B, N, m, d], [B, m, d]
+
+        # The squared length of each row after each token.
+        K = x_wide @ x_wide.mT  # [B, N, C, C] <xbar_t, xbar_s>
+        S = x_wide @ wide(H).mT  # [B, N, C, m] <xbar_t, H>
+        hx = decay * (S + K.tril().double() @ w)  # [B, N, C, m] <h_t, xbar_t>
+        xx = K.diagonal(dim1=-2, dim2=-1)[..., None]  # [B, N, C, 1]
+        change = theta * (2 * hx.to(theta.dtype) - theta * xx)  # [B, N, C, m]
+        keep = (1 - theta).square()
+        n_H = wide(H).square().sum(-1)  # [B, N, m]
+        n_before, _ = recurrence(
+            keep.flatten(0, 1), change.flatten(0, 1)[..., None], n_H.flatten(0, 1)[..., None]
+        )  # [B N, C, m, 1]
+        n = keep * n_before.reshape(keep.shape) + change  # [B, N, C, m]
+
+        # The read.
+        q = phi * torch.rsqrt(n.clamp_min(0) / d + eps)  # [B, N, C, m]
+        q_decay = q * decay
+        A = (q_decay @ w.mT).tril()  # [B, N, C, C] weight of each token s in the read of t
+        y = q_decay.to(x.dtype) @ H + A.to(x.dtype) @ x  # [B, N, C, d]
+    return y.flatten(1, 2)[:, :T], last
 
 
 class FactorizationMemory(nn.Module):
-    """The memory layer, equations 4 to 13. Its input is the block's normalised residual stream."""
+    """The memory layer, eqs. 4 to 13. Its input is the block's normalised residual stream.
 
-    def __init__(self, config: FMemConfig):
+    Another layer can stand in its place (`FMem(config, layer=...)`) if it has `forward`, `step` and
+    `init_weights` as here; its state may be any tensor, or tuple of tensors and None.
+    """
+
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.W_alpha = nn.Linear(config.d_model, config.n_rows, bias=False)
@@ -201,98 +269,125 @@ class FactorizationMemory(nn.Module):
         self.W_i = nn.Linear(config.d_model, config.d_memory, bias=False)
         self.W_o = nn.Linear(config.d_memory, config.d_model, bias=False)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return route(x, self.W_alpha, self.w_eta, self.w_mu, self.config.tau, self.config.k_rows)
+    def route(self, x):
+        config = self.config
+        return route(x, self.W_alpha, self.w_eta, self.w_mu, config.tau, config.k_rows)
 
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, d_model], h [B, m, d_memory] or None -> y [B, T, d_model] and the memory after the last token."""
-        y, h = self.read(x, h)
+    def scan_inputs(self, x, state=None):
+        """x [B, T, d_model] -> theta, phi [B, T, m], zero outside the top k, and xbar [B, T, d].
+
+        state: the layer's, before x; a layer whose routing looks back at earlier tokens needs it.
+        """
+        theta, phi, rows = self.route(x)
+        if rows is not None:  # masked, not gathered: a chunk of tokens touches nearly every row
+            zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)
+            theta = zeros.scatter(-1, rows, theta)
+            phi = zeros.scatter(-1, rows, phi)
+        return theta, phi, self.W_i(x)  # eq. 9
+
+    def scan(self, theta, phi, xbar, h):
+        """The recurrence in the form that the config asks for."""
+        config = self.config
+        inputs = theta, phi, xbar, h, config.norm_eps
+        if config.scan == "loop" or not has_float64(xbar.device):
+            return scan_loop(*inputs)
+        if config.recompute and torch.is_grad_enabled():
+            return checkpoint(scan_chunked, *inputs, use_reentrant=False)
+        return scan_chunked(*inputs)
+
+    def forward(self, x, h=None):
+        """x [B, T, d_model], h [B, m, d] or None -> y [B, T, d_model], h after the last token."""
+        theta, phi, xbar = self.scan_inputs(x)
+        y, h = self.scan(theta, phi, xbar, h)
         return self.W_o(y), h
 
-    def step(self, x_t: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One token, x_t [B, d_model] -> y_t and the memory. Without gradients h may be changed in place; clone it to keep it."""
-        y_t, h = self.read_step(x_t, h)
-        return self.W_o(y_t), h
+    def step(self, x_t, h=None):
+        """One token: x_t [B, d_model] -> y_t, h. Without gradients h is changed in place.
 
-    def read(self, x: Tensor, h: Tensor | None, routed: tuple | None = None) -> tuple[Tensor, Tensor]:
-        """`forward` without W_o. routed: theta, phi and rows, if they are known already."""
-        theta, phi, rows = routed or self.route(x)
-        if rows is not None:                            # masked, not gathered: a chunk of tokens meets nearly all rows
-            zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)
-            theta, phi = zeros.scatter(-1, rows, theta), zeros.scatter(-1, rows, phi)
-        xbar = self.W_i(x)                                                                      # eq. 9
-        return scan(theta, phi, xbar, h, self.config.norm_eps, self.config.scan, self.config.recompute)     # eqs. 10, 11
+        Of the memory only the k rows that the token is routed to are read and written.
+        """
+        config = self.config
+        theta, phi, rows = self.route(x_t)  # [B, k]
+        xbar = self.W_i(x_t)  # eq. 9  [B, d]
+        if h is None:
+            h = wide(xbar).new_zeros(len(xbar), config.n_rows, config.d_memory)
+        if rows is None:
+            rows = torch.arange(config.n_rows, device=h.device).expand(len(h), -1)
+        index = rows[..., None].expand(-1, -1, h.shape[-1])  # [B, k, d]
+        with torch.autocast(xbar.device.type, enabled=False):
+            chosen = h.gather(1, index).lerp(wide(xbar)[:, None], theta[..., None])  # eq. 10
+            q = phi * torch.rsqrt(chosen.square().mean(-1) + config.norm_eps)  # [B, k]
+            y_t = (q[:, None] @ chosen)[:, 0]  # eq. 11  [B, d]
+        scatter = h.scatter if torch.is_grad_enabled() else h.scatter_
+        return self.W_o(y_t.to(xbar.dtype)), scatter(1, index, chosen)
 
-    def read_step(self, x_t: Tensor, h: Tensor | None, routed: tuple | None = None) -> tuple[Tensor, Tensor]:
-        """`step` without W_o."""
-        theta, phi, rows = routed or self.route(x_t)
-        xbar, eps = self.W_i(x_t), self.config.norm_eps                                         # eq. 9
-        h = wide(xbar).new_zeros(len(x_t), self.config.n_rows, self.config.d_memory) if h is None else h
-        if fast and self.config.scan not in ("loop", "chunked") and not torch.is_grad_enabled():
-            return fast.step(h, xbar, theta, phi, rows, eps, self.config.scan)
-        rows = torch.arange(h.shape[1], device=h.device).expand(len(h), -1) if rows is None else rows
-        where = rows[..., None].expand(-1, -1, h.shape[-1])
-        y, chosen = scan_loop(theta[:, None], phi[:, None], xbar[:, None], h.gather(1, where), eps)     # eqs. 10, 11
-        return y[:, 0], h.scatter(1, where, chosen)
+    def init_weights(self, init, branch_scale):
+        """init(weight, scale) draws a matrix with standard deviation scale / sqrt(inputs).
 
-    def init_weights(self, init: Callable, add: float):
-        """init(weight, scale) draws a matrix of spread scale / sqrt(inputs); add is the scale of those that end a branch.
-
-        The affinities start neither flat (all rows would collect the same average and part only slowly) nor hard: the input of
-        W_alpha has unit rms, so the logits start with spread alpha_std at every width and tau. eta and mu start at 1/2.
+        branch_scale is the scale of the matrices that end a branch. The affinities start neither
+        flat (all rows would collect the same average, and part only slowly) nor hard: the input of
+        W_alpha has unit RMS, so the logits start with standard deviation alpha_std at every width
+        and tau. eta and mu start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
         nn.init.zeros_(self.w_mu.weight)
         init(self.W_i.weight)
-        init(self.W_o.weight, add)
+        init(self.W_o.weight, branch_scale)
 
 
 class MLP(nn.Module):
     """SwiGLU: W_down (silu(W_gate x) * W_up x)."""
 
-    def __init__(self, config: FMemConfig):
+    def __init__(self, config):
         super().__init__()
         self.W_gate = nn.Linear(config.d_model, config.d_mlp, bias=False)
         self.W_up = nn.Linear(config.d_model, config.d_mlp, bias=False)
         self.W_down = nn.Linear(config.d_mlp, config.d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.W_down(F.silu(self.W_gate(x)) * self.W_up(x))
 
 
 class Block(nn.Module):
-    """LLaMA's block with the memory in attention's place: x + memory(norm(x)), then x + MLP(norm(x))."""
+    """LLaMA's block around the memory: x + memory(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, config: FMemConfig, layer: Callable):
+    def __init__(self, config, layer, layer_arguments):
         super().__init__()
         self.memory_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.memory = layer(config)
+        self.memory = layer(config, **layer_arguments)
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, h) -> tuple:
-        """x [B, T, d_model], or [B, d_model] for a single step, and the layer's state -> the same two."""
+    def forward(self, x, state):
+        """x [B, T, d_model], or [B, d_model] for a step, and the layer's state -> the same two."""
         memory = self.memory.step if x.dim() == 2 else self.memory
-        y, h = memory(self.memory_norm(x), h)
+        y, state = memory(self.memory_norm(x), state)
         x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.mlp_norm(x))), h
+        return x + self.dropout(self.mlp(self.mlp_norm(x))), state
 
 
-EMBED_STD, INIT_STD = 0.06, 1.0     # spread of the embedding, gain of the matrices; see FMem.init_weights
-PREFILL = 4096                      # tokens of a prompt that go through the model at once
+EMBED_STD = 0.06  # standard deviation of the embedding at the start
+PREFILL = 4096  # tokens of a prompt that go through the model at once
 
 
 class FMem(nn.Module):
-    """The language model: embedding, blocks, norm, output layer. layer: a class with FactorizationMemory's methods."""
+    """The language model: embedding, blocks, norm, output layer.
 
-    def __init__(self, config: FMemConfig, layer: Callable = FactorizationMemory):
+    layer: the class that stands in each block, called with the config and `layer_arguments`.
+    """
+
+    def __init__(self, config, layer=FactorizationMemory, layer_arguments=None):
         super().__init__()
         self.config = config
+        self.layer_name = layer.__name__
+        self.layer_arguments = dict(layer_arguments or {})
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(
+            Block(config, layer, self.layer_arguments) for _ in range(config.n_layer)
+        )
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
@@ -300,101 +395,149 @@ class FMem(nn.Module):
             self.head.weight = self.embed.weight
 
     def init_weights(self):
-        """Every matrix has spread INIT_STD / sqrt(inputs), those that add to the residual stream a further 1 / sqrt(additions),
-        gains of norms are 1. The sweep behind the constants is in experiments/results/README.md."""
-        def init(weight, scale=INIT_STD):
+        """Matrices have standard deviation 1 / sqrt(inputs), gains of norms are 1.
+
+        Those that end one of the 2 n_layer branches get a further 1 / sqrt(2 n_layer).
+        """
+
+        def init(weight, scale=1.0):
             nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]))
-        add = INIT_STD / math.sqrt(2 * self.config.n_layer)
+
+        branch_scale = 1 / math.sqrt(2 * self.config.n_layer)
         nn.init.normal_(self.embed.weight, std=EMBED_STD)
         nn.init.normal_(self.head.weight, std=EMBED_STD)
         for block in self.blocks:
-            block.memory.init_weights(init, add)
+            block.memory.init_weights(init, branch_scale)
             init(block.mlp.W_gate.weight)
             init(block.mlp.W_up.weight)
-            init(block.mlp.W_down.weight, add)
+            init(block.mlp.W_down.weight, branch_scale)
 
-    def hidden(self, tokens: Tensor, state: list | None = None) -> tuple[Tensor, list]:
-        """`forward` without the output layer: tokens [B, T] -> [B, T, d_model], or [B] -> [B, d_model], and the state."""
+    def hidden(self, tokens, state=None):
+        """`forward` without the output layer: [B, T, d_model], or [B, d_model], and the state."""
         x = self.dropout(self.embed(tokens))
-        new_state = []
-        for block, h in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            x, h = block(x, h)
-            new_state.append(h)
-        return self.norm(x), new_state
+        states = []
+        for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            x, after = block(x, before)
+            states.append(after)
+        return self.norm(x), states
 
-    def forward(self, tokens: Tensor, state: list | None = None) -> tuple[Tensor, list]:
-        """tokens [B, T] -> logits [B, T, vocab_size] of the token that follows each, and the state after the last.
+    def forward(self, tokens, state=None):
+        """tokens [B, T] -> logits [B, T, vocab_size] of each next token, the state after the last.
 
-        state: what an earlier call returned for the text so far, not changed, or None at the start. A text may be split anywhere
-        into calls. tokens [B] is one step: logits [B, vocab_size]; without gradients it may change the state in place.
+        state: what an earlier call returned for the tokens so far, not changed, or None at the
+        start; a sequence may be split anywhere into calls. tokens [B] is one step: logits
+        [B, vocab_size]; without gradients it may change the state in place.
         """
         x, state = self.hidden(tokens, state)
         return self.head(x), state
 
-    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, generator: torch.Generator | list | None = None,
-                 state: list | None = None) -> Iterator[Tensor]:
-        """Continue tokens [B, T], T at least 1: yields one new token [B] at a time, max_new_tokens of them.
+    @torch.inference_mode()
+    def generate(self, tokens, max_new_tokens, state=None, **choice):
+        """Continue tokens [B, T], T at least 1: yields new tokens [B], one at a time.
 
-        temperature 0 takes the likeliest token; top_k and top_p restrict the choice (see `sample`). state continues an earlier
-        text and is not changed. At its end the generator returns (`value = yield from ...`) the state after all tokens but the
-        last that it made, which is thus the first of the next prompt. Raises ValueError for arguments that cannot work.
+        state: that of an earlier sequence, which goes on; not changed. choice: temperature, top_k,
+        top_p and generator of `sample`. At its end the generator returns (`value = yield from ...`)
+        the state after all tokens but the last new one, which is thus the first of the next prompt.
+        Raises ValueError, at the first token, for arguments that cannot work.
         """
-        for fits, what in ((tokens.dim() == 2 and tokens.numel(), f"tokens must be [B, T], T at least 1, not {[*tokens.shape]}"),
-                           (max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}"),
-                           (0 <= temperature < math.inf, f"temperature must be a number of at least 0, not {temperature}"),
-                           (top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}"),
-                           (top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")):
-            if not fits:
-                raise ValueError(what)
-        return self._generate(tokens, max_new_tokens, (temperature, top_k, top_p, generator), state)
-
-    @torch.no_grad()
-    def _generate(self, tokens, max_new_tokens, choice, state):
-        if state is not None and tokens.shape[1] == 1:          # a text is resumed by a step, as if it had never stopped
-            x, state = self.hidden(tokens[:, 0], copy_state(state))
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise ValueError(f"tokens must be [B, T], T at least 1, not {[*tokens.shape]}")
+        state = copy_state(state)
+        if state is not None and tokens.shape[1] == 1:  # as if the sequence had never stopped
+            x, state = self.hidden(tokens[:, 0], state)
         else:
-            for some in tokens.split(PREFILL, 1):               # a long prompt needs no more memory than a short one
-                x, state = self.hidden(some, state)
+            for piece in tokens.split(PREFILL, 1):  # a long prompt needs no more memory
+                x, state = self.hidden(piece, state)
                 x = x[:, -1]
-        step = None
+        logits = self.head(x)
         for i in range(max_new_tokens):
-            if step:
-                token = step()
-            else:
-                logits, state = self(token, state) if i else (self.head(x), state)
-                token = sample(logits, *choice)
+            token = sample(logits, **choice)
             yield token
-            if i == 0 and fast and max_new_tokens >= 16:
-                step = fast.capture_step(self, token, state, sample, choice)            # None where none is faster
-        return state
+            if i + 1 < max_new_tokens:
+                logits, state = self(token, state)
+        with torch.inference_mode(False):
+            return copy_state(state)  # ordinary tensors, which may be used with gradients too
 
 
 def copy_state(state):
-    """A state of its own, for steps to change in place."""
+    """A state of its own, for steps to change in place: tensors, in lists and tuples, or None."""
     if isinstance(state, (list, tuple)):
-        return type(state)(map(copy_state, state))
-    return state.clone(memory_format=torch.contiguous_format) if isinstance(state, Tensor) else state
+        return type(state)(copy_state(part) for part in state)
+    return state.clone() if isinstance(state, Tensor) else state
 
 
-def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           generator: torch.Generator | list | None = None) -> Tensor:
-    """logits [B, vocab_size] -> tokens [B]. top_k: only the k likeliest tokens. top_p: only the fewest likeliest tokens that
-    together reach probability p (after temperature and top_k). generator: on the logits' device; or a list of one per text."""
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """logits [B, vocab_size] -> tokens [B]. Temperature 0 takes the likeliest token.
+
+    top_k: only the k likeliest tokens. top_p: only the fewest likeliest tokens that together reach
+    probability p (after temperature and top_k). generator: on the logits' device, or a list of one
+    for each sequence. Raises ValueError for values that cannot work.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number of at least 0, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if temperature == 0:
         return logits.argmax(-1)
     logits = wide(logits)
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6)      # the largest is 0: no overflow
+    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0: no overflow
+    logits = logits / max(temperature, 1e-6)
     if top_k is not None and top_k < logits.shape[-1]:
-        kept, where = logits.topk(top_k, -1)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, where, kept)
+        kept, index = logits.topk(top_k, -1)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, index, kept)
     probs = torch.softmax(logits, -1)
     if top_p is not None and top_p < 1:
-        ordered, where = probs.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)                  # the first is always kept
-        probs = torch.zeros_like(probs).scatter(-1, where, ordered)
-    # What torch.multinomial does for one draw, without its checks, for which a GPU would have to be waited for.
+        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+        likelier = ordered.cumsum(-1) - ordered  # 0 for the first, which is always kept
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered * (likelier < top_p))
+    # What torch.multinomial does for one draw, without its checks, which wait for a GPU.
     noise = torch.empty_like(probs)
-    for rows, one in zip(noise.split(1), generator, strict=True) if isinstance(generator, list) else [(noise, generator)]:
-        rows.exponential_(generator=one)
+    if isinstance(generator, list):
+        for row, own in zip(noise, generator, strict=True):
+            row.exponential_(generator=own)
+    else:
+        noise.exponential_(generator=generator)
     return (probs / noise).argmax(-1)
+
+
+FORMAT = "fmem checkpoint 2"
+LAB_LAYERS = ("ExtendedMemory", "Attention", "Mamba2")  # of lab/layers.py
+
+
+def load(path, device="cpu"):
+    """The model of a checkpoint that train.py saved, for evaluation, and the rest of it, a dict.
+
+    Of the checkpoint the model needs "format", "config" (the fields of FMemConfig), "layer" and
+    "layer_arguments" (a class by name, and its arguments beside the config) and "model" (weights).
+    Raises ValueError, one line, for any other file. No code in the file is run.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not compare checksums
+            if file.testzip() is not None:
+                raise ValueError("it is damaged, a checksum differs")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.get("format") != FORMAT:
+            raise ValueError("it was not written by this version of train.py")
+        name = saved["layer"]
+        if name == "FactorizationMemory":
+            layer = FactorizationMemory
+        elif name in LAB_LAYERS:
+            from lab import layers
+
+            layer = getattr(layers, name)
+        else:
+            raise ValueError(f"this version has no layer {name}")
+        with torch.device("meta"):  # shapes alone: the weights are those of the file
+            config = FMemConfig(**saved["config"])
+            model = FMem(config, layer, saved["layer_arguments"])
+        model.load_state_dict(saved.pop("model"), assign=True)
+        if config.tie_embeddings:
+            model.head.weight = model.embed.weight
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; python train.py makes one") from None
+    except Exception as error:  # a damaged file can make a reader raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
+    return model.to(device).eval(), saved

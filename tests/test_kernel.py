@@ -1,230 +1,142 @@
-"""kernel.py in Triton's interpreter (on a GPU: compiled) against the loop in float64."""
+"""The kernel beyond test_fmem.py: dtypes, strides, errors, torch.compile, code for GPUs."""
 
-import ast
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-import train as train_py
-from fmem import FMem, scan, scan_loop
-from tests.helpers import (
+import fmem
+from test_fmem import (
     DEVICE,
-    GPU,
-    KERNEL_ERROR,
-    ROOT,
-    by_steps,
+    FLOAT32_ERROR,
+    LOOP_ERROR,
+    assert_close,
     error,
     kernel,
-    kernel_errors,
-    log_rows,
-    needs_triton,
+    recurrence_inputs,
     scan_inputs,
-    settings,
-    step_tiles,
-    step_triton,
-    tiny,
     with_gradients,
 )
-from training import tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(kernel is None, reason="Triton is not installed")
 
 
-@needs_triton
-@pytest.mark.parametrize("T, m, d, sharp, sparse, h0, dtype", [
-    (1, 6, 10, 3.0, None, True, torch.float32), (1, 2, 1, 3.0, None, False, torch.bfloat16),
-    (5, 17, 33, 0.0, None, True, torch.float32), (5, 3, 70, 30.0, 1, False, torch.float16),
-    (63, 6, 10, 3.0, 2, True, torch.float32), (64, 6, 10, 30.0, None, True, torch.float32),
-    (65, 17, 33, 3.0, None, True, torch.float32), (70, 6, 10, 3.0, None, True, torch.float32),
-    (40, 70, 40, 3.0, 9, True, torch.float32), (63, 5, 65, 3.0, None, True, torch.bfloat16),
-    (64, 20, 10, 3.0, 4, True, torch.float16), (65, 6, 10, 0.0, None, False, torch.bfloat16),
-    (130, 6, 10, 30.0, None, True, torch.bfloat16), (33, 130, 20, 3.0, 8, True, torch.bfloat16),
-    (163, 17, 33, 3.0, 4, True, torch.float32)])
-def test_kernels_are_the_loop(poisoned, T, m, d, sharp, sparse, h0, dtype):
-    """Every kernel, with theta of exactly 0 and 1, a state in, and gradients into hT and out of h0."""
-    errors = kernel_errors(scan_inputs(T=T, m=m, d=d, sharp=sharp, sparse=sparse, h0=h0), dtype)
-    assert all(e < KERNEL_ERROR[dtype] for e in errors), errors
+@pytest.mark.parametrize("position", [0, 1])
+def test_kernel_gradient_of_one_output_alone(position):
+    leaves = [v.to(DEVICE).requires_grad_() for v in recurrence_inputs(2, 7, 3, 5)]
+    got = torch.autograd.grad(kernel.recurrence(*leaves)[position].sum(), leaves)
+    keep, write, first = (v.detach().cpu().requires_grad_() for v in leaves)
+    want = torch.autograd.grad(
+        fmem.recurrence(keep, write, first)[position].sum(), (keep, write, first)
+    )
+    assert_close(LOOP_ERROR, [g.cpu() for g in got], want)
 
 
-@needs_triton
-def test_gradients_reach_over_many_chunks(poisoned):
-    """What is left over of a chunk's gradient decays over more chunks than are taken at a time."""
-    theta, phi, x, h0 = scan_inputs(B=1, T=600, m=3, d=5, sharp=0.0, ends=False)
-    errors = kernel_errors([theta / 50, phi, x, h0], torch.float32)
-    assert all(e < KERNEL_ERROR[torch.float32] for e in errors), errors
+def test_kernel_takes_any_strides():
+    inputs = recurrence_inputs(3, 7, 4, 5)
+    inputs = [v.to(DEVICE) for v in inputs]
+    strided = [v.transpose(0, 1).contiguous().transpose(0, 1) for v in inputs]
+    assert_close(LOOP_ERROR, kernel.recurrence(*strided), kernel.recurrence(*inputs))
 
 
-@needs_triton
-def test_kernels_recompute_is_bit_for_bit():
-    inputs = [v.to(DEVICE) for v in scan_inputs(T=40)]
-    kept, again = (with_gradients(kernel.scan_triton, inputs, torch.float32, recompute=flag) for flag in (False, True))
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+@pytest.mark.parametrize("types", [*itertools.product([torch.float32, torch.bfloat16], repeat=3)])
+def test_kernel_dtypes(types):
+    """The state is carried in float32, stored as what is written, and returned in float32."""
+    inputs = [v.to(DEVICE, t) for v, t in zip(recurrence_inputs(2, 9, 3, 5), types, strict=True)]
+    leaves = [v.requires_grad_() for v in inputs]
+    before, last = kernel.recurrence(*leaves)
+    assert before.dtype == types[1]
+    assert last.dtype == torch.float32
+    want_before, want_last = fmem.recurrence(*(v.detach().cpu().double() for v in leaves))
+    assert error(last.cpu(), want_last) < FLOAT32_ERROR
+    assert error(before.cpu(), want_before) < (
+        4e-3 if types[1] == torch.bfloat16 else FLOAT32_ERROR
+    )
+    gradients = torch.autograd.grad(before.float().sum() + last.sum(), leaves)
+    assert [g.dtype for g in gradients] == list(types)
 
 
-@needs_triton
-@pytest.mark.parametrize("output", [0, 1])
-def test_kernels_with_one_output_unused(output, poisoned):
-    leaves = [v.float().to(DEVICE).requires_grad_() for v in scan_inputs(T=9)]
-    got = torch.autograd.grad(kernel.scan_triton(*leaves)[output].square().sum(), leaves, materialize_grads=True)
-    want = torch.autograd.grad(scan_loop(*leaves)[output].square().sum(), leaves, materialize_grads=True)
-    assert all(error(g, w) < 2e-6 for g, w in zip(got, want, strict=True))
+def test_kernel_refuses_what_does_not_fit():
+    keep, write, first = recurrence_inputs(2, 7, 3, 5)
+    for wrong in ((keep[:, 1:], write, first), (keep, write[0], first), (keep, write, first[:1])):
+        with pytest.raises(ValueError, match="must be"):
+            kernel.recurrence(*wrong)
+    with pytest.raises(ValueError, match="floating-point"):
+        kernel.recurrence(keep, write.long(), first)
 
 
-@needs_triton
-def test_kernels_are_one_node_for_the_compiler_and_take_strided_inputs():
-    torch._dynamo.reset()
-    inputs = [v.float().to(DEVICE) for v in scan_inputs(T=9)]
-    want = with_gradients(kernel.scan_triton, inputs, torch.float32)
-    compiled = torch.compile(kernel.scan_triton, fullgraph=True, backend="aot_eager")
-    strided = [v.mT.contiguous().mT for v in inputs]
-    for form, given in ((compiled, inputs), (kernel.scan_triton, strided)):
-        got = with_gradients(form, given, torch.float32)
-        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
-    inputs = [v.float().to(DEVICE) for v in scan_inputs(T=9, m=16, d=16)]       # the operator itself takes these only
-    strided = [v.mT.contiguous().mT for v in inputs]
-    for recompute in (False, True):
-        for given in (inputs, strided):
-            torch.library.opcheck(kernel.scan, (*given, 1e-5, recompute), test_utils=("test_schema", "test_faketensor"))
+def test_kernel_refuses_a_second_gradient():
+    leaves = [v.to(DEVICE).requires_grad_() for v in recurrence_inputs(1, 3, 2, 2)]
+    _, last = kernel.recurrence(*leaves)
+    gradients = torch.autograd.grad(last.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradients[1].sum().backward()
 
 
-@needs_triton
-def test_kernels_have_no_second_gradient():
-    """It would be wrong, so it is an error."""
-    leaves = [v.float().to(DEVICE).requires_grad_() for v in scan_inputs(T=9)]
-    y, _ = kernel.scan_triton(*leaves)
-    first, = torch.autograd.grad(y.square().sum(), leaves[2], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        first.sum().backward()
+def without_interpreter(code, tmp_path):
+    """The lines that a program prints with Triton as it is on a GPU; tracing needs none."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
-@needs_triton
-def test_kernels_say_why_they_do_not_run(fresh_choice, capfd):
-    inputs = [v.to(DEVICE) for v in scan_inputs(T=5)]
-    for _ in range(2):
-        got = scan(*inputs, form="kernel")                          # float64: the caller takes another form
-    assert all(torch.equal(g, w) for g, w in zip(got, scan(*inputs, form="fast"), strict=True))
-    line = capfd.readouterr().err
-    assert line.count("\n") == 1 and "float32, bf16 and fp16, not torch.float64" in line
-    with pytest.raises(ValueError, match="cannot run: they are built for float32"):
-        kernel.scan_triton(*inputs)
-    assert "m up to 512" in kernel.why_not(torch.device(DEVICE), 513, 8, torch.float32)
-    assert "d up to 4096" in kernel.why_not(torch.device(DEVICE), 8, 4097, torch.float32)
-    theta, phi, x, h0 = (v.float() for v in inputs)
-    for wrong in ((theta, phi, x, h0[:, 1:]), (theta, phi[:, 1:], x, h0), (theta[:, 1:], phi[:, 1:], x, h0)):
-        with pytest.raises(ValueError, match="do not fit each other"):
-            kernel.scan_triton(*wrong)
+TRACE = """
+import torch, fmem, kernel
+
+class Scan(torch.nn.Module):
+    def forward(self, *inputs):
+        return fmem.scan_chunked(*inputs)
+
+fmem.recurrence = kernel.recurrence
+inputs = torch.rand(2, 70, 6), torch.rand(2, 70, 6), torch.rand(2, 70, 10), torch.rand(2, 6, 10)
+for module in torch.export.export(Scan(), inputs, strict=True).graph_module.modules():
+    for node in module.graph.nodes:
+        print(node.target)
+"""
 
 
-@needs_triton
-@pytest.mark.parametrize("m, d, k", [(20, 70, None), (20, 70, 1), (20, 70, 5), (40, 1000, None), (45, 600, 42)])
-def test_step_kernel_touches_only_its_rows(m, d, k, poisoned):
-    """Also where several programs do the rows of a text, the last two."""
-    t = step_tiles(3, k or m, d)
-    assert (t["PART"] < (k or m)) == (m > 20)
-    g = torch.Generator().manual_seed(0)
-    h, x = torch.randn(3, m, d, generator=g), torch.randn(3, d, generator=g)
-    theta, phi = torch.rand(2, 3, k or m, generator=g)
-    theta[0, 0], theta[1, 0] = 0.0, 1.0
-    rows = k and torch.stack([torch.randperm(m, generator=g)[:k] for _ in range(3)])
-    full = [v if k is None else torch.zeros(3, m).scatter(1, rows, v) for v in (theta, phi)]
-    want_y, want_h = scan_loop(*(v[:, None].double() for v in full), x[:, None].double(), h.double())
-    now, rows = h.clone().to(DEVICE), rows if k is None else rows.to(DEVICE)
-    y = step_triton(now, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows).cpu()
-    assert error(y, want_y[:, 0]) < 1e-6 and error(now.cpu(), want_h) < 1e-6        # a few roundings of 2^-24
-    if k:
-        others = torch.ones(3, m, dtype=torch.bool).scatter(1, rows.cpu(), False)
-        assert torch.equal(now.cpu()[others], h[others])
-    with pytest.raises(ValueError, match="float32 and contiguous"):
-        step_triton(now.mT.contiguous().mT, x.to(DEVICE), theta.to(DEVICE), phi.to(DEVICE), rows)
+def test_compile_keeps_the_graph_whole(tmp_path):
+    """torch.export raises where Dynamo would break the graph."""
+    assert without_interpreter(TRACE, tmp_path).count("fmem.recurrence.default") == 2
 
 
-@needs_triton
-@pytest.mark.parametrize("k_rows", [None, 3])
-def test_model_on_the_kernels(k_rows, fresh_choice):
-    """Full pass, step by step and generation on the kernels: what the loop gives."""
-    models = [FMem(tiny(k_rows=k_rows, scan=scan)).to(DEVICE).eval() for scan in ("loop", "kernel")]
-    models[1].load_state_dict(models[0].state_dict())
-    tokens = torch.randint(50, (2, 20), device=DEVICE)
-    with torch.no_grad():
-        want, state = models[0](tokens)
-        got, got_state = models[1](tokens)
-        steps, step_state = by_steps(models[1], tokens)
-    for g, w in [(got, want), (torch.stack(steps, 1), want), *zip(got_state, state, strict=True),
-                 *zip(step_state, state, strict=True)]:
-        assert error(g, w) < 1e-5                                   # float32 through two layers
-    texts = [list(m.generate(tokens[:, :5], 20, temperature=0)) for m in models]
-    assert torch.equal(torch.stack(texts[0]), torch.stack(texts[1]))
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here: compiled code cannot run")
+def test_compiled_scan_is_the_scan():
+    inputs = [v.cuda() for v in scan_inputs(70)]
+    compiled = torch.compile(fmem.scan_chunked, fullgraph=True)
+    assert_close(1e-9, with_gradients(compiled, inputs), with_gradients(fmem.scan_chunked, inputs))
 
 
-@needs_triton
-def test_training_agrees_with_and_without_the_kernels(corpus, tmp_path, fresh_choice, monkeypatch):
-    """100 steps on a GPU; in the interpreter 2, with their evaluations and the sample at the end."""
-    losses, steps = [], 100 if GPU else 2
-    if not GPU:                                         # the interpreter is slow: less text to evaluate at the end
-        validate = tasks.Text.validate
-        monkeypatch.setattr(tasks.Text, "validate", lambda self, model, device, amp, limit, batch: validate(
-            self, model, device, amp, limit or 200, batch))
-    for form in ("kernel", "fast"):
-        train_py.train(settings(corpus, tmp_path / form, scan=form, device=DEVICE, dtype="float32", max_steps=steps,
-                                eval_every=steps))
-        losses.append([loss for _, loss in log_rows(tmp_path / form, "train_loss")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2 if GPU else 1e-5)     # rounding grows with the steps
+COMPILE = """
+import itertools, triton, kernel
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+names = "keep", "write", "first", "before", "last", "steps", "width"
+constants = dict.fromkeys(("D", "BLOCK", "REVERSE", "WIDE"), "constexpr")
+dtypes = [*itertools.product(("*fp32", "*bf16"), repeat=3), ("*fp64", "*fp64", "*fp64")]
+for capability, (keep, write, first), reverse in itertools.product((80, 90, 100), dtypes, (0, 1)):
+    last = "*fp64" if first == "*fp64" else "*fp32"
+    types = keep, write, first, write, last, "i32", "i32"
+    values = {"D": 192, "BLOCK": kernel.BLOCK, "REVERSE": bool(reverse)}
+    values["WIDE"] = tl.float64 if first == "*fp64" else tl.float32
+    signature = {**dict(zip(names, types)), **constants}
+    source = ASTSource(kernel.recurrence_kernel, signature, constexprs=values)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    print(capability, *types, reverse, len(compiled.asm["cubin"]) > 0)
+"""
 
 
-@needs_triton
-def test_rows_of_a_step_are_divided_where_few_texts_have_many():
-    for B, k, d, programs in ((1, 16, 384, 1), (1, 64, 1024, 8), (1, 256, 1024, 32), (1, 512, 4096, 128), (64, 64, 1024, 2),
-                              (256, 64, 1024, 1), (8, 512, 4096, 16)):
-        t = step_tiles(B, k, d)
-        assert t["PART"] % t["BK"] == 0 and -(-k // t["PART"]) == programs
-
-
-@needs_triton
-@pytest.mark.parametrize("k, d", [(1, 16), (1, 128), (2, 70), (16, 384), (64, 4096), (512, 1024)])
-def test_no_two_warps_of_the_step_hold_the_same_numbers(k, d):
-    """The step loads and stores the same addresses; a number held twice could be loaded after it was stored."""
-    t = step_tiles(1, k, d)
-    assert t["num_warps"] == 1 or t["BK"] * t["BD"] >= 32 * t["num_warps"] * 32
-
-
-# which arguments of a call are loaded, and which are stored; `across` begins with a barrier
-LOADS = {"tl.load": [0], "tile": [0], "tile_T": [0], "before": [0, 1, 2, 3], "across": [2, 3, 4]}
-STORES = {"tl.store": [0], "put": [0], "across": [0, 1]}
-
-
-def pointers(kernel_source, calls):
-    """{argument of a kernel: the lines in which one of these calls takes it as a pointer}"""
-    names = {argument.arg for argument in kernel_source.args.args} - {"row0", "bc", "b", "m", "d", "k", "n", "T", "N", "C"}
-    aliases, found = {}, {}
-    for node in ast.walk(kernel_source):                # p, mask = h + ..., ... makes p stand for h
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
-            aliases |= {ast.unparse(t): v for t, v in zip(node.targets[0].elts, node.value.elts, strict=True)}
-    for node in ast.walk(kernel_source):
-        for n in calls.get(ast.unparse(node.func), ()) if isinstance(node, ast.Call) else ():
-            pointer = aliases.get(ast.unparse(node.args[n]), node.args[n])
-            for part in ast.walk(pointer):
-                if isinstance(part, ast.Name) and part.id in names:
-                    found.setdefault(part.id, []).append(node.lineno)
-    return found
-
-
-@needs_triton
-def test_no_kernel_loads_what_it_stores():
-    """A late thread would load what an early one has stored. By the names of the pointers in the source of each kernel; what is
-    loaded all the same is behind a barrier."""
-    files = [(ROOT / name).read_text(encoding="utf-8") for name in ("kernel.py", "fast/step_gpu.py", "fast/decode_gpu.py")]
-    functions = {node.name: node for source in files for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    kernels, both = {name: node for name, node in functions.items() if name.endswith("_kernel")}, {}
-    for name, node in kernels.items():
-        loads, stores = pointers(node, LOADS), pointers(node, STORES)
-        barriers = [call.lineno for call in ast.walk(node) if isinstance(call, ast.Call)
-                    and ast.unparse(call.func) in ("tl.debug_barrier", "across")]
-        both[name] = loads.keys() & stores.keys() - {"h"}
-        for pointer in both[name]:
-            # a load that stands before the store is that of the next round
-            for store, load in itertools.product(stores[pointer], loads[pointer]):
-                assert any(store < line <= (load if load > store else line) for line in barriers), (name, pointer, store, load)
-    assert len(both) == 11 and all(pointers(node, STORES) for node in kernels.values())
-    assert ast.unparse(functions["across"].body[2]) == "tl.debug_barrier()"
-    # the steps work in place, on h, see above
-    assert {name: names for name, names in both.items() if names} == {
-        "mix_kernel": {"S_n", "Y_n", "qP"}, "mix_back_kernel": {"kappa", "wP"}, "theta_kernel": {"Z"}}
+def test_kernel_compiles_for_gpus(tmp_path):
+    """For sm_80, sm_90 and sm_100, with every pair of dtypes, in both directions."""
+    lines = without_interpreter(COMPILE, tmp_path)
+    assert len(lines) == 3 * 9 * 2
+    assert all(line.endswith("True") for line in lines)
