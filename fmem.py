@@ -2,12 +2,15 @@
 
 The method is that of L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language Modeling With
 Factorization Memory", arXiv 2511.00315 (2025). Each layer keeps a memory h of m rows. A token with
-input x belongs to each row to some degree (alpha). Every row moves towards the same vector xbar, by
-a share theta of its own; what is read is a mixture of the rows, each scaled to unit RMS. In the
-sparse form a token writes to and reads from only the k rows with the largest alpha; all others keep
-their value exactly. The state has a fixed size, so the cost of a token does not grow with the text.
+input x belongs to each row to some degree (alpha). Row i moves a fraction theta[i] of the way to a
+vector xbar, the same for every row; what is read is a mixture of the rows, each scaled to unit RMS.
+In the sparse form a token writes to and reads from only the k rows with the largest alpha; all
+others keep their value exactly. The state has a fixed size, so a token costs the same after any
+text.
 
-    symbol  eq.  shape    B sequences, T tokens, m rows, k rows per token, d = d_memory
+    B sequences of T tokens, m rows, k rows per token, d = d_memory
+
+    symbol  eq.  shape
     alpha   4    B T m    softmax(W_alpha x / tau)       memory affinity; tau is the temperature
     eta     5    B T 1    sigmoid(w_eta . x)             update rate: how much the token writes
     mu      6    B T 1    sigmoid(w_mu . x)              merge rate: how much it reads
@@ -16,17 +19,19 @@ their value exactly. The state has a fixed size, so the cost of a token does not
     xbar    9    B T d    W_i x                          what is written, the same for every row
     h       10   B m d    (1 - theta) h + theta xbar     the memory, or state; starts as zeros
     y       11   B T d    sum_i phi[i] h[i] / rms(h[i])  the read, after the write; then W_o
-    gamma   12   B T m    top-k mask of alpha            the k largest, rescaled to sum to 1 (13)
+    gamma   12   B T m    1 for the k largest alpha, else 0; with it alpha in 7 and 8 becomes
+            13            gamma alpha / sum(gamma alpha)
 
-Among its relatives, this is a gated linear attention with m rows, in which keys and queries are the
-same softmax gates, every row is written the same vector, and the read normalises each row. Or: a
-minGRU with m rows that share one candidate.
+It is a gated linear attention with m rows, in which keys and queries are the same softmax gates,
+every row is written the same vector, and the read normalises each row. Or: a minGRU with m rows
+that share one candidate.
 
-This file is the whole model, in reading order: routing, the recurrence as a loop over the tokens
-(`scan_loop`, the definition) and in matrix products (`scan_chunked`, what runs), the layer, the
-block, the language model, generation. It needs torch alone; on a GPU the one serial part,
-`recurrence`, is the Triton kernel of kernel.py. The paper does not say how the weights and the
-memory start, nor what the norms add: init_weights, zeros, and 1e-5 without a gain are our answers.
+This file is the whole model, in reading order: configuration, routing, the recurrence as a loop
+over the tokens (`scan_loop`, the definition) and in matrix products (`scan_chunked`, what runs),
+the layer, the block, the language model, sampling, loading. It needs torch alone. On a GPU the
+serial part of the scan, `recurrence`, is the Triton kernel of kernel.py. Not in the paper, so our
+choice: how the weights and the memory start (init_weights; zeros), and the row norm (1e-5, and
+no gain).
 """
 
 import math
@@ -43,22 +48,22 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class FMemConfig:
-    """What a model is made of. Raises ValueError, naming the field, on a value that cannot work."""
+    """The hyperparameters of a model. Raises ValueError, naming the one that cannot work."""
 
-    vocab_size: int = 1025  # number of tokens
+    vocab_size: int = 1025  # size of the vocabulary
     n_layer: int = 4  # blocks of memory and MLP
     d_model: int = 256  # width of the residual stream
     d_memory: int | None = None  # d, width of a memory row; None: d_model
     n_rows: int = 64  # m, rows of the memory
-    k_rows: int | None = 16  # k, rows that a token writes and reads; None: all, the dense form
-    tau: float = 0.25  # temperature of the affinity; the smaller, the faster the routing learns
+    k_rows: int | None = 16  # k, rows that a token writes to and reads from; None: all, dense
+    tau: float = 0.25  # temperature of the affinity
     alpha_std: float = 1.0  # standard deviation of the affinity's logits (after tau) at the start
-    d_mlp: int | None = None  # hidden width of the MLP; None: 8/3 d_model, up to a multiple of 32
-    dropout: float = 0.0  # on the embedding and on what each layer adds, in training only
+    d_mlp: int | None = None  # width of the MLP; None: 8/3 d_model, rounded up to a multiple of 32
+    dropout: float = 0.0  # on the embedding and on what each branch adds, in training only
     tie_embeddings: bool = True  # the output layer shares the embedding's weights
     norm_eps: float = 1e-5  # added to the mean square in every RMS norm, that of eq. 11 included
-    scan: str = "chunked"  # "chunked", or "loop": the definition, slowly
-    recompute: bool = False  # keep only the scan's inputs for the gradient, and compute it twice
+    scan: str = "chunked"  # "chunked", or "loop", the definition, which is slow
+    recompute: bool = False  # to save memory, run the scan again in the backward pass
 
     def __post_init__(self):
         if self.d_memory is None:
@@ -84,37 +89,35 @@ class FMemConfig:
 
 
 def wide(x):
-    """x in float32 at least: bf16 cannot tell theta = 0.998 from 1."""
+    """x in float32 at least: bf16 cannot tell theta = 0.999 from 1."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def has_float64(device):
-    """Whether the device has float64, which `scan_chunked` needs: Apple's GPUs do not."""
-    if device.type == "xpu":
-        return torch.xpu.get_device_properties(device).has_fp64
-    return device.type != "mps"
+    """Whether `scan_chunked` can run there: Apple's GPUs, and some of Intel's, lack float64."""
+    return device.type not in ("mps", "xpu")
 
 
 def route(x, W_alpha, w_eta, w_mu, tau, k):
-    """Which rows a token takes, how much it writes and reads: eqs. 4 to 8, 12, 13.
+    """Which rows a token uses, how much it writes to and reads from each: eqs. 4 to 8, 12, 13.
 
-    x [..., d_model]; W_alpha, w_eta and w_mu are linear layers. Returns theta and phi [..., k], and
-    the indices of their rows [..., k]; in the dense form (k = m) those of all rows, and None.
+    x [..., d_model]; W_alpha, w_eta and w_mu are linear layers. Returns theta and phi [..., k] and
+    the indices of their rows [..., k]. In the dense form (k = m) the indices are None: all rows.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(W_alpha.weight.dtype)
-        alpha = torch.softmax(wide(W_alpha(x)) / tau, -1)  # eq. 4
+        logits = wide(W_alpha(x)) / tau
+        rows = None
+        if k < logits.shape[-1]:
+            logits, rows = logits.topk(k, -1)  # eq. 12
+        alpha = torch.softmax(logits, -1)  # eq. 4; eq. 13 too: the softmax of the k largest logits
         eta = torch.sigmoid(wide(w_eta(x)))  # eq. 5
         mu = torch.sigmoid(wide(w_mu(x)))  # eq. 6
-        rows = None
-        if k < alpha.shape[-1]:
-            alpha, rows = alpha.topk(k, -1)  # eq. 12
-            alpha = alpha / alpha.sum(-1, keepdim=True)  # eq. 13
         return eta * alpha, mu * alpha, rows  # eqs. 7, 8
 
 
 def scan_loop(theta, phi, xbar, h0=None, eps=1e-5):
-    """The memory, token by token: eqs. 10 and 11 without W_o. This is the definition; it is slow.
+    """The memory, token by token: eqs. 10 and 11 without W_o. The definition of all that follows.
 
     theta, phi [B, T, m] in [0, 1]; xbar [B, T, d]; h0 [B, m, d], or None for zeros.
     Returns y [B, T, d] in xbar's dtype, and the memory after the last token [B, m, d] in float32
@@ -132,7 +135,7 @@ def scan_loop(theta, phi, xbar, h0=None, eps=1e-5):
 
 
 def initial_memory(theta, phi, xbar, h0):
-    """h0 in float32 at least, zeros for None. Raises ValueError if a scan's shapes do not fit."""
+    """Checks the shapes of a scan (ValueError). Returns h0, zeros for None, in float32 at least."""
     B, T, m = theta.shape
     d = xbar.shape[-1]
     if h0 is None:
@@ -145,24 +148,24 @@ def initial_memory(theta, phi, xbar, h0):
 
 
 kernel = None
-if torch.cuda.is_available():  # true with AMD's GPUs too
+if torch.cuda.is_available():  # also true for AMD's GPUs, which Triton serves too
     try:
         if __package__:
             from . import kernel
         else:
             import kernel
-        if Path(kernel.__file__).resolve().parent != Path(__file__).resolve().parent:
-            raise ImportError(f"{kernel.__file__} is another module of this name")
-    except ImportError as error:
+        if Path(kernel.__file__ or "").resolve().parent != Path(__file__).resolve().parent:
+            raise ImportError(f"{kernel} is another module of this name")
+    except Exception as error:  # no Triton, or one that does not work here
         kernel = None
-        warnings.warn(f"the recurrence runs as a loop, without kernel.py: {error}", stacklevel=2)
+        warnings.warn(f"without kernel.py the recurrence is a slow loop: {error}", stacklevel=2)
 
 
 def recurrence(keep, write, first):
     """s_t = keep_t s_{t-1} + write_t, from s_0 = first: the only part of the scan that is serial.
 
-    keep [G, T, m], write [G, T, m, d], first [G, m, d]. Returns the s before each step [G, T, m, d]
-    in write's dtype, and the last one [G, m, d] in float32 (float64 if first is).
+    keep [G, T, m], write [G, T, m, d], first [G, m, d]. Returns the s BEFORE each step [G, T, m, d]
+    in write's dtype, and the one after the last [G, m, d] in float32 (float64 if first is).
     """
     if kernel is not None and write.is_cuda:
         return kernel.recurrence(keep, write, first)
@@ -174,12 +177,12 @@ def recurrence(keep, write, first):
     return torch.stack(before, 1).to(write.dtype), s
 
 
-CHUNK = 32  # tokens per chunk, at most this many: see TINY
-TINY = 1e-8  # a row keeps at least this share of itself, so that its logarithm exists
+TINY = 1e-8  # a row keeps at least this share of itself, so that its logarithm is finite
+CHUNK = 32  # tokens per chunk; more would overflow float64 where every theta is 1: TINY ** CHUNK
 
 
-def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5, C=CHUNK):
-    """`scan_loop` in matrix products, C tokens at a time: same arguments, results and gradients.
+def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
+    """`scan_loop` in matrix products, CHUNK tokens at a time: same arguments, results, gradients.
 
     Let H be the memory before a chunk, and G_t the sum of log(1 - theta) over the chunk's tokens up
     to t. Since eq. 10 is linear in h, it is linear attention inside the chunk, with keys w and a
@@ -197,20 +200,21 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5, C=CHUNK):
 
         y_t = sum_i q_t[i] decay_t[i] H[i] + sum_{s<=t} (sum_i q_t[i] decay_t[i] w_s[i]) xbar_s
 
-    Two recurrences are left that are serial: H from chunk to chunk, and n_t inside a chunk.
+    Two recurrences are left that are serial, H from chunk to chunk and n_t inside a chunk; both are
+    `recurrence`.
 
-    G, decay and w are float64: exp(G) and exp(-G) must neither overflow nor lose digits. A theta of
-    1 erases a row, and log(1 - theta) would be -inf, so a row keeps at least a share of TINY: 32
-    such tokens leave 1e-256, still a float64. That is cheap, since none of the three grows with d.
-    Results and gradients are exact to 3e-7 in float32, for theta of 0 and 1 too. In float64 TINY
-    shows: they are exact to 2e-8.
+    G, decay, w and their products are float64: exp(G) and exp(-G) must neither overflow nor lose
+    digits. A theta of 1 erases a row, and log(1 - theta) would be -inf, so a row keeps a share of
+    TINY; a chunk of such tokens leaves 1e-256. The float64 part does not grow with d. Results and
+    gradients are accurate to 3e-7 in float32, for theta of 0 and 1 too. In float64 TINY shows: to
+    2e-8.
 
-    Under autocast xbar is bf16. It and H are rounded once, and the lengths are those of the rounded
-    values, which are what is read.
+    Under autocast xbar is bf16, and so are H and the weights as they enter a product with either.
+    The lengths are float32, those of the rounded xbar and H, which are what is read.
     """
     h0 = initial_memory(theta, phi, xbar, h0)
     T, d = xbar.shape[1:]
-    C = min(C, T)
+    C = min(CHUNK, T)
 
     def chunks(v):  # [B, T, .] -> [B, N, C, .]; what fills the last chunk has theta = phi = 0
         return F.pad(v, (0, 0, 0, -T % C)).unflatten(1, (-1, C))
@@ -257,7 +261,8 @@ class FactorizationMemory(nn.Module):
     """The memory layer, eqs. 4 to 13. Its input is the block's normalised residual stream.
 
     Another layer can stand in its place (`FMem(config, layer=...)`) if it has `forward`, `step` and
-    `init_weights` as here; its state may be any tensor, or tuple of tensors and None.
+    `init_weights` as here. Its state may be a tensor, or a tuple of tensors and None. For `load` to
+    find it, it must be in lab/layers.py and in LAB_LAYERS.
     """
 
     def __init__(self, config):
@@ -276,7 +281,7 @@ class FactorizationMemory(nn.Module):
     def scan_inputs(self, x, state=None):
         """x [B, T, d_model] -> theta, phi [B, T, m], zero outside the top k, and xbar [B, T, d].
 
-        state: the layer's, before x; a layer whose routing looks back at earlier tokens needs it.
+        state: that of the layer before x, for layers whose routing looks back at earlier tokens.
         """
         theta, phi, rows = self.route(x)
         if rows is not None:  # masked, not gathered: a chunk of tokens touches nearly every row
@@ -291,8 +296,8 @@ class FactorizationMemory(nn.Module):
         inputs = theta, phi, xbar, h, config.norm_eps
         if config.scan == "loop" or not has_float64(xbar.device):
             return scan_loop(*inputs)
-        if config.recompute and torch.is_grad_enabled():
-            return checkpoint(scan_chunked, *inputs, use_reentrant=False)
+        if config.recompute:
+            return checkpoint(scan_chunked, *inputs, use_reentrant=False, preserve_rng_state=False)
         return scan_chunked(*inputs)
 
     def forward(self, x, h=None):
@@ -302,9 +307,9 @@ class FactorizationMemory(nn.Module):
         return self.W_o(y), h
 
     def step(self, x_t, h=None):
-        """One token: x_t [B, d_model] -> y_t, h. Without gradients h is changed in place.
+        """One token: x_t [B, d_model] -> y_t, h. With gradients disabled h is changed in place.
 
-        Of the memory only the k rows that the token is routed to are read and written.
+        Then only the k rows that the token is routed to are read and written, k d of m d numbers.
         """
         config = self.config
         theta, phi, rows = self.route(x_t)  # [B, k]
@@ -324,10 +329,10 @@ class FactorizationMemory(nn.Module):
     def init_weights(self, init, branch_scale):
         """init(weight, scale) draws a matrix with standard deviation scale / sqrt(inputs).
 
-        branch_scale is the scale of the matrices that end a branch. The affinities start neither
-        flat (all rows would collect the same average, and part only slowly) nor hard: the input of
-        W_alpha has unit RMS, so the logits start with standard deviation alpha_std at every width
-        and tau. eta and mu start at 1/2.
+        branch_scale is the scale of the matrices that end a branch. The input of W_alpha has unit
+        RMS, so the logits start with standard deviation alpha_std at every width and tau. If they
+        started at 0, all rows would collect the same average, and would part only slowly. eta and
+        mu start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
@@ -368,8 +373,8 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x))), state
 
 
-EMBED_STD = 0.06  # standard deviation of the embedding at the start
-PREFILL = 4096  # tokens of a prompt that go through the model at once
+EMBED_STD = 0.06  # standard deviation of the embedding at the start, the best of a sweep
+PREFILL = 4096  # tokens of a prompt at once, so that its length does not matter to the memory used
 
 
 class FMem(nn.Module):
@@ -395,9 +400,8 @@ class FMem(nn.Module):
             self.head.weight = self.embed.weight
 
     def init_weights(self):
-        """Matrices have standard deviation 1 / sqrt(inputs), gains of norms are 1.
-
-        Those that end one of the 2 n_layer branches get a further 1 / sqrt(2 n_layer).
+        """Draws the embedding, and each matrix with standard deviation 1 / sqrt(inputs) or as its
+        layer says; those that end one of the 2 n_layer branches get a further 1 / sqrt(2 n_layer).
         """
 
         def init(weight, scale=1.0):
@@ -426,7 +430,7 @@ class FMem(nn.Module):
 
         state: what an earlier call returned for the tokens so far, not changed, or None at the
         start; a sequence may be split anywhere into calls. tokens [B] is one step: logits
-        [B, vocab_size]; without gradients it may change the state in place.
+        [B, vocab_size]; with gradients disabled it may change the state in place.
         """
         x, state = self.hidden(tokens, state)
         return self.head(x), state
@@ -435,18 +439,18 @@ class FMem(nn.Module):
     def generate(self, tokens, max_new_tokens, state=None, **choice):
         """Continue tokens [B, T], T at least 1: yields new tokens [B], one at a time.
 
-        state: that of an earlier sequence, which goes on; not changed. choice: temperature, top_k,
-        top_p and generator of `sample`. At its end the generator returns (`value = yield from ...`)
-        the state after all tokens but the last new one, which is thus the first of the next prompt.
-        Raises ValueError, at the first token, for arguments that cannot work.
+        state: continues from there, and is not changed. choice: temperature, top_k, top_p and
+        generator of `sample`. At its end the generator returns (`state = yield from ...`) the state
+        after all tokens but the last new one; the next prompt must begin with that one. The model
+        should be in evaluation mode. Raises ValueError for arguments that cannot work.
         """
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens must be [B, T], T at least 1, not {[*tokens.shape]}")
         state = copy_state(state)
-        if state is not None and tokens.shape[1] == 1:  # as if the sequence had never stopped
+        if state is not None and tokens.shape[1] == 1:  # as the unbroken sequence would
             x, state = self.hidden(tokens[:, 0], state)
         else:
-            for piece in tokens.split(PREFILL, 1):  # a long prompt needs no more memory
+            for piece in tokens.split(PREFILL, 1):
                 x, state = self.hidden(piece, state)
                 x = x[:, -1]
         logits = self.head(x)
@@ -460,30 +464,28 @@ class FMem(nn.Module):
 
 
 def copy_state(state):
-    """A state of its own, for steps to change in place: tensors, in lists and tuples, or None."""
+    """A copy of tensors, in lists and tuples, or None: one that steps may change in place."""
     if isinstance(state, (list, tuple)):
         return type(state)(copy_state(part) for part in state)
     return state.clone() if isinstance(state, Tensor) else state
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """logits [B, vocab_size] -> tokens [B]. Temperature 0 takes the likeliest token.
+    """logits [B, vocab_size] -> tokens [B]. Temperature 0 takes the most likely token.
 
-    top_k: only the k likeliest tokens. top_p: only the fewest likeliest tokens that together reach
-    probability p (after temperature and top_k). generator: on the logits' device, or a list of one
-    for each sequence. Raises ValueError for values that cannot work.
+    top_k: only the k most likely tokens. top_p: only the smallest set of most likely tokens whose
+    probabilities reach p together (after temperature and top_k). generator: on the logits' device,
+    or a list with one for each sequence. Raises ValueError for values that cannot work.
     """
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a number of at least 0, not {temperature}")
+        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
-    logits = wide(logits)
-    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0: no overflow
-    logits = logits / max(temperature, 1e-6)
+    logits = wide(logits) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kept, index = logits.topk(top_k, -1)
         logits = torch.full_like(logits, -math.inf).scatter(-1, index, kept)
@@ -492,7 +494,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         likelier = ordered.cumsum(-1) - ordered  # 0 for the first, which is always kept
         probs = torch.zeros_like(probs).scatter(-1, index, ordered * (likelier < top_p))
-    # What torch.multinomial does for one draw, without its checks, which wait for a GPU.
+    # What torch.multinomial does for one draw, without its checks, for which a CPU waits for a GPU.
     noise = torch.empty_like(probs)
     if isinstance(generator, list):
         for row, own in zip(noise, generator, strict=True):
@@ -503,20 +505,20 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 FORMAT = "fmem checkpoint 2"
-LAB_LAYERS = ("ExtendedMemory", "Attention", "Mamba2")  # of lab/layers.py
+LAB_LAYERS = ("ExtendedMemory", "Attention", "Mamba2")  # classes of lab/layers.py
 
 
 def load(path, device="cpu"):
-    """The model of a checkpoint that train.py saved, for evaluation, and the rest of it, a dict.
+    """The model of a checkpoint that train.py saved, in evaluation mode, and a dict of the rest.
 
-    Of the checkpoint the model needs "format", "config" (the fields of FMemConfig), "layer" and
-    "layer_arguments" (a class by name, and its arguments beside the config) and "model" (weights).
-    Raises ValueError, one line, for any other file. No code in the file is run.
+    The model is made of the entries "config" (the fields of FMemConfig), "layer" (the name of a
+    class), "layer_arguments" (what it takes beside the config) and "model" (the weights). Raises
+    ValueError, one line, for any other file. No code that a file may hold is run.
     """
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not compare checksums
             if file.testzip() is not None:
-                raise ValueError("it is damaged, a checksum differs")
+                raise ValueError("it is damaged: a checksum differs")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format") != FORMAT:
             raise ValueError("it was not written by this version of train.py")
