@@ -4,9 +4,8 @@ The method is that of L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language M
 Factorization Memory", arXiv 2511.00315 (2025). Each layer keeps a memory h of m rows. A token with
 input x belongs to each row to some degree (alpha). Row i moves a fraction theta[i] of the way to a
 vector xbar, the same for every row; what is read is a mixture of the rows, each scaled to unit RMS.
-In the sparse form a token writes to and reads from only the k rows with the largest alpha; all
-others keep their value exactly. The state has a fixed size, so a token costs the same after any
-text.
+In the sparse form a token writes to and reads from the k rows with the largest alpha; all others
+keep their value exactly. The state has a fixed size: a token costs the same after any text.
 
     B sequences of T tokens, m rows, k rows per token, d = d_memory
 
@@ -26,14 +25,14 @@ It is a gated linear attention with m rows, in which keys and queries are the sa
 every row is written the same vector, and the read normalises each row. Or: a minGRU with m rows
 that share one candidate.
 
-This file is the whole model, in reading order: configuration, routing, the recurrence as a loop
-over the tokens (`scan_loop`, the definition) and in matrix products (`scan_chunked`, what runs),
-the layer, the block, the language model, sampling, loading. It needs torch alone. On a GPU the
-serial part of the scan, `recurrence`, is the Triton kernel of kernel.py. Not in the paper, so our
-choice: how the weights and the memory start (init_weights; zeros), and the row norm (1e-5, and
-no gain).
+The file is the whole model, in reading order: config, routing, the recurrence as a loop over the
+tokens (`scan_loop`, the definition) and in matrix products (`scan_chunked`, what runs), layer,
+block, model, sampling, loading. It needs torch alone. On a GPU the serial part of the scan,
+`recurrence`, is the Triton kernel of kernel.py. Not in the paper, so our choice: how the weights
+and the memory start (init_weights; zeros), and the row norm (1e-5, and no gain).
 """
 
+import importlib
 import math
 import warnings
 import zipfile
@@ -66,12 +65,9 @@ class FMemConfig:
     recompute: bool = False  # to save memory, run the scan again in the backward pass
 
     def __post_init__(self):
-        if self.d_memory is None:
-            self.d_memory = self.d_model
-        if self.k_rows is None:
-            self.k_rows = self.n_rows
-        if self.d_mlp is None:
-            self.d_mlp = (8 * self.d_model + 95) // 96 * 32
+        self.d_memory = self.d_model if self.d_memory is None else self.d_memory
+        self.k_rows = self.n_rows if self.k_rows is None else self.k_rows
+        self.d_mlp = (8 * self.d_model + 95) // 96 * 32 if self.d_mlp is None else self.d_mlp
         for name in ("vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "k_rows", "d_mlp"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -79,9 +75,8 @@ class FMemConfig:
         if self.k_rows > self.n_rows:
             raise ValueError(f"k_rows must be at most n_rows ({self.n_rows}), not {self.k_rows}")
         for name in ("tau", "norm_eps", "alpha_std"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scan not in ("chunked", "loop"):
@@ -98,21 +93,22 @@ def has_float64(device):
     return device.type not in ("mps", "xpu")
 
 
-def route(x, W_alpha, w_eta, w_mu, tau, k):
+def route(x, layer):
     """Which rows a token uses, how much it writes to and reads from each: eqs. 4 to 8, 12, 13.
 
-    x [..., d_model]; W_alpha, w_eta and w_mu are linear layers. Returns theta and phi [..., k] and
+    x [..., d_model]; layer has W_alpha, w_eta, w_mu and config. Returns theta and phi [..., k] and
     the indices of their rows [..., k]. In the dense form (k = m) the indices are None: all rows.
     """
+    k = layer.config.k_rows
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(W_alpha.weight.dtype)
-        logits = wide(W_alpha(x)) / tau
+        x = x.to(layer.W_alpha.weight.dtype)
+        logits = wide(layer.W_alpha(x)) / layer.config.tau
         rows = None
         if k < logits.shape[-1]:
             logits, rows = logits.topk(k, -1)  # eq. 12
         alpha = torch.softmax(logits, -1)  # eq. 4; eq. 13 too: the softmax of the k largest logits
-        eta = torch.sigmoid(wide(w_eta(x)))  # eq. 5
-        mu = torch.sigmoid(wide(w_mu(x)))  # eq. 6
+        eta = torch.sigmoid(wide(layer.w_eta(x)))  # eq. 5
+        mu = torch.sigmoid(wide(layer.w_mu(x)))  # eq. 6
         return eta * alpha, mu * alpha, rows  # eqs. 7, 8
 
 
@@ -200,14 +196,12 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
 
         y_t = sum_i q_t[i] decay_t[i] H[i] + sum_{s<=t} (sum_i q_t[i] decay_t[i] w_s[i]) xbar_s
 
-    Two recurrences are left that are serial, H from chunk to chunk and n_t inside a chunk; both are
-    `recurrence`.
+    Serial are only H from chunk to chunk and n_t inside a chunk: `recurrence`, twice.
 
     G, decay, w and their products are float64: exp(G) and exp(-G) must neither overflow nor lose
-    digits. A theta of 1 erases a row, and log(1 - theta) would be -inf, so a row keeps a share of
-    TINY; a chunk of such tokens leaves 1e-256. The float64 part does not grow with d. Results and
-    gradients are accurate to 3e-7 in float32, for theta of 0 and 1 too. In float64 TINY shows: to
-    2e-8.
+    digits. They do not grow with d. A theta of 1 erases a row, and log(1 - theta) would be -inf, so
+    a row keeps a share of TINY; a chunk of such tokens leaves 1e-256. Results and gradients are
+    accurate to 3e-7 in float32, for theta of 0 and 1 too; in float64 TINY shows, at 2e-8.
 
     Under autocast xbar is bf16, and so are H and the weights as they enter a product with either.
     The lengths are float32, those of the rounded xbar and H, which are what is read.
@@ -274,16 +268,12 @@ class FactorizationMemory(nn.Module):
         self.W_i = nn.Linear(config.d_model, config.d_memory, bias=False)
         self.W_o = nn.Linear(config.d_memory, config.d_model, bias=False)
 
-    def route(self, x):
-        config = self.config
-        return route(x, self.W_alpha, self.w_eta, self.w_mu, config.tau, config.k_rows)
-
     def scan_inputs(self, x, state=None):
         """x [B, T, d_model] -> theta, phi [B, T, m], zero outside the top k, and xbar [B, T, d].
 
         state: that of the layer before x, for layers whose routing looks back at earlier tokens.
         """
-        theta, phi, rows = self.route(x)
+        theta, phi, rows = route(x, self)
         if rows is not None:  # masked, not gathered: a chunk of tokens touches nearly every row
             zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)
             theta = zeros.scatter(-1, rows, theta)
@@ -312,7 +302,7 @@ class FactorizationMemory(nn.Module):
         Then only the k rows that the token is routed to are read and written, k d of m d numbers.
         """
         config = self.config
-        theta, phi, rows = self.route(x_t)  # [B, k]
+        theta, phi, rows = route(x_t, self)  # [B, k]
         xbar = self.W_i(x_t)  # eq. 9  [B, d]
         if h is None:
             h = wide(xbar).new_zeros(len(xbar), config.n_rows, config.d_memory)
@@ -329,10 +319,9 @@ class FactorizationMemory(nn.Module):
     def init_weights(self, init, branch_scale):
         """init(weight, scale) draws a matrix with standard deviation scale / sqrt(inputs).
 
-        branch_scale is the scale of the matrices that end a branch. The input of W_alpha has unit
-        RMS, so the logits start with standard deviation alpha_std at every width and tau. If they
-        started at 0, all rows would collect the same average, and would part only slowly. eta and
-        mu start at 1/2.
+        branch_scale is for matrices that end a branch. The input of W_alpha has unit RMS, so its
+        logits start with standard deviation alpha_std, whatever the width and tau. Starting at 0,
+        all rows would collect the same average, and part only slowly. eta and mu start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
@@ -522,21 +511,13 @@ def load(path, device="cpu"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format") != FORMAT:
             raise ValueError("it was not written by this version of train.py")
-        name = saved["layer"]
-        if name == "FactorizationMemory":
-            layer = FactorizationMemory
-        elif name in LAB_LAYERS:
-            from lab import layers
-
-            layer = getattr(layers, name)
-        else:
-            raise ValueError(f"this version has no layer {name}")
-        with torch.device("meta"):  # shapes alone: the weights are those of the file
-            config = FMemConfig(**saved["config"])
-            model = FMem(config, layer, saved["layer_arguments"])
-        model.load_state_dict(saved.pop("model"), assign=True)
-        if config.tie_embeddings:
-            model.head.weight = model.embed.weight
+        layer = FactorizationMemory
+        if saved["layer"] in LAB_LAYERS:
+            layer = getattr(importlib.import_module("lab.layers"), saved["layer"])
+        elif saved["layer"] != layer.__name__:
+            raise ValueError(f"this version has no layer {saved['layer']}")
+        model = FMem(FMemConfig(**saved["config"]), layer, saved["layer_arguments"])
+        model.load_state_dict(saved.pop("model"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; python train.py makes one") from None
     except Exception as error:  # a damaged file can make a reader raise anything

@@ -261,7 +261,7 @@ def test_a_row_outside_the_top_k_keeps_its_value_exactly():
     layer = FactorizationMemory(tiny(k_rows=1))
     x = torch.randn(1, 1, 16)
     h = torch.randn(1, 8, 24)
-    row = layer.route(x)[2].item()
+    row = fmem.route(x, layer)[2].item()
     _, after = layer(x, h)
     assert [i for i in range(8) if not torch.equal(after[0, i], h[0, i])] == [row]
 
@@ -344,7 +344,7 @@ def test_initialisation():
         assert abs(weight.mean().item()) < 0.05 * std
     x = F.rms_norm(torch.randn(512, 256), (256,))
     assert (memory.W_alpha(x) / 0.125).std().item() == pytest.approx(3.0, rel=0.05)
-    theta, phi, _ = memory.route(x)
+    theta, phi, _ = fmem.route(x, memory)
     assert torch.allclose(theta.sum(-1), torch.tensor(0.5))  # eta and mu start at 1/2
     assert torch.allclose(phi.sum(-1), torch.tensor(0.5))
     assert model.head.weight is model.embed.weight
