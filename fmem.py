@@ -143,8 +143,9 @@ def initial_memory(theta, phi, xbar, h0):
     return h0.to(wide(xbar).dtype)
 
 
-kernel = None
-if torch.cuda.is_available():  # also true for AMD's GPUs, which Triton serves too
+if not torch.cuda.is_available():  # for AMD's GPUs, which Triton serves too, it is true
+    kernel = None
+else:
     try:
         if __package__:
             from . import kernel

@@ -1,0 +1,241 @@
+"""Speed, as ratios measured in one process: python -m lab.bench scan [--device cuda]
+
+    scan        the recurrence alone: the definition and the chunked form; on a GPU also without the
+                kernel, and under torch.compile
+    train       forward and backward of 4,096 tokens, by context, for the memory and its rivals
+    generate    one more token, by the length of the context, and the bytes of the state
+
+What is compared takes turns in one process, and the median of the turns is taken: a machine that
+is busy for a while slows all of them alike. Before anything is timed, every form of the scan is
+compared with the definition, gradients included. Each measurement is a line of JSON in --out.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import fmem
+from data.tokenizer import one_line, printable
+from lab.layers import Attention, ExtendedMemory, Mamba2, matched_d_mlp
+
+MODELS = {
+    "paper": (fmem.FactorizationMemory, {}),
+    "ours": (ExtendedMemory, {"conv": 4, "gate": True, "shared_row": True, "shift": True}),
+    "transformer": (Attention, {}),
+    "transformer+conv": (Attention, {"conv": 4}),
+    "mamba2": (Mamba2, {}),
+}
+VOCAB_SIZE = 1025
+TOKENS = 4096  # of a training step
+WITHOUT_KERNEL = mock.patch.object(fmem, "kernel", None)  # wraps a function
+
+
+def processor():
+    """The name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def alternate(functions, turns, device):
+    """Calls the functions {name: f} in turn -> {name: median seconds}, {name: peak bytes}.
+
+    The first turn does not count. Peak bytes: on CUDA, beyond those there were before.
+    """
+    seconds = {name: [] for name in functions}
+    peak = {}
+    for turn in range(turns + 1):
+        for name, function in functions.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                peak[name] = torch.cuda.max_memory_allocated() - before
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: round(statistics.median(times), 7) for name, times in seconds.items()}, peak
+
+
+def measure(functions, beside, device, args, **about):
+    """Time the functions, print them beside the one of that name, and write a line of JSON."""
+    turns = 2 if args.quick else 50 if args.bench == "generate" else 7
+    seconds, peak = alternate(functions, turns, device)
+    print(args.bench, about, flush=True)
+    for name, value in seconds.items():
+        memory = f"{peak[name] / 2**20:10,.0f} MiB" if name in peak else ""
+        print(f"    {name:28}{value / seconds[beside]:8.2f}{1e3 * value:12.3f} ms{memory}")
+    line = {"bench": args.bench, **about, "seconds": seconds, "peak_bytes": peak}
+    line["device"] = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    line |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    line["date"] = time.strftime("%Y-%m-%d")
+    with open(args.out, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def scan_arguments(B, T, m, d, device):
+    """theta, phi and xbar as of a trained layer: sharp affinities, and theta of 0 and 1."""
+    generator = torch.Generator().manual_seed(0)
+    alpha = torch.softmax(4 * torch.randn(B, T, m, generator=generator), -1)
+    theta = alpha * torch.rand(B, T, 1, generator=generator)
+    theta[:, ::7] = theta[:, ::7].round()
+    phi = alpha * torch.rand(B, T, 1, generator=generator)
+    xbar = torch.randn(B, T, d, generator=generator)
+    return [v.to(device).requires_grad_() for v in (theta, phi, xbar)]
+
+
+@torch.no_grad()
+def forward(scan, arguments):
+    return scan(*arguments)[0]
+
+
+def forward_backward(scan, arguments):
+    """The read, and the gradients of all arguments."""
+    y = scan(*arguments)[0]
+    return [y.detach(), *torch.autograd.grad(y.sum(), arguments)]
+
+
+def scan_forms(device):
+    """{name: a scan}. Raises ValueError if one of them is not the definition."""
+    forms = {"loop": fmem.scan_loop, "chunked": fmem.scan_chunked}
+    if device.type == "cuda":
+        forms["chunked, no kernel"] = WITHOUT_KERNEL(fmem.scan_chunked)
+        forms["chunked, compiled"] = torch.compile(fmem.scan_chunked)
+    arguments = scan_arguments(2, 100, 16, 32, device)
+    expected = forward_backward(fmem.scan_loop, arguments)
+    for name, scan in forms.items():
+        for got, want in zip(forward_backward(scan, arguments), expected, strict=True):
+            error = ((got - want).norm() / want.norm()).item()
+            if not error < 1e-4:  # float32 rounds to a hundredth of that
+                raise ValueError(f"the scan {name!r} is wrong by {error:.1e}; nothing was timed")
+    return forms
+
+
+def bench_scan(device, args):
+    forms = scan_forms(device)
+    for B, T, m, d in (
+        [(2, 64, 8, 32)] if args.quick else [(8, T, 64, 256) for T in (256, 1024, 4096)]
+    ):
+        arguments = scan_arguments(B, T, m, d, device)
+        if B * T * m * d > 2**28:  # for the gradient the loop keeps several times that
+            forms.pop("loop", None)
+        for run in (forward, forward_backward):
+            runs = {name: partial(run, scan, arguments) for name, scan in forms.items()}
+            measure(runs, "chunked", device, args, B=B, T=T, m=m, d=d, direction=run.__name__)
+
+
+def make_model(name, d_model, n_layer, device):
+    """A model of MODELS with as many parameters as the paper's of that width."""
+    layer, arguments = MODELS[name]
+    shape = {"vocab_size": VOCAB_SIZE, "d_model": d_model, "n_layer": n_layer}
+    shape |= {"n_rows": d_model // 4, "k_rows": d_model // 16}
+    d_mlp = matched_d_mlp(fmem.FMemConfig(**shape), layer, arguments)
+    return fmem.FMem(fmem.FMemConfig(**shape, d_mlp=d_mlp), layer, arguments).to(device)
+
+
+def training_step(model, tokens):
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        logits, _ = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    model.zero_grad()
+    loss.backward()
+
+
+def bench_train(device, args):
+    scan_forms(device)
+    d_model, n_layer = (64, 1) if args.quick else (256, 4)
+    models = {name: make_model(name, d_model, n_layer, device) for name in MODELS}
+    for T in (64,) if args.quick else (256, 512, 1024, 2048, 4096):
+        tokens = torch.randint(VOCAB_SIZE, (1 if args.quick else TOKENS // T, T + 1), device=device)
+        runs = {name: partial(training_step, model, tokens) for name, model in models.items()}
+        if device.type == "cuda":
+            runs["paper, no kernel"] = WITHOUT_KERNEL(runs["paper"])
+            for name, model in models.items():
+                runs[f"{name}, compiled"] = partial(training_step, torch.compile(model), tokens)
+        measure(runs, "transformer", device, args, T=T, d_model=d_model, n_layer=n_layer)
+
+
+def state_after(model, context, device):
+    """A state as after `context` tokens of a sequence, whose size and cost are those of any text.
+
+    Attention's cache is filled with noise.
+    """
+    _, state = model(torch.zeros(1, device=device, dtype=torch.long))
+    if model.layer_name != "Attention":
+        return state
+    shape = (*state[0][0].shape[:3], context, state[0][0].shape[4])
+    return [(torch.randn(shape, device=device), context, past) for _, _, past in state]
+
+
+def count_bytes(state):
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(count_bytes, state)) if isinstance(state, (list, tuple)) else 0
+
+
+def stepper(model, state, device):
+    """A function of which each call is one more token, from the state that the last one left."""
+    token = torch.zeros(1, device=device, dtype=torch.long)
+
+    @torch.inference_mode()
+    def step():
+        nonlocal state
+        _, state = model(token, state)
+
+    return step
+
+
+@torch.inference_mode()
+def bench_generate(device, args):
+    d_model, n_layer = (64, 1) if args.quick else (128, 5)
+    models = {name: make_model(name, d_model, n_layer, device) for name in MODELS}
+    for context in (64, 128) if args.quick else (1024, 4096, 16384, 65536, 131072):
+        runs = {}
+        sizes = {}
+        for name, model in models.items():
+            state = state_after(model, context, device)
+            sizes[name] = count_bytes(state)
+            runs[name] = stepper(model, state, device)
+            if device.type == "cuda":
+                state = state_after(model, context, device)
+                runs[f"{name}, compiled"] = stepper(torch.compile(model), state, device)
+        about = {"context": context, "d_model": d_model, "n_layer": n_layer, "state_bytes": sizes}
+        measure(runs, "paper", device, args, **about)
+
+
+BENCHES = {"scan": bench_scan, "train": bench_train, "generate": bench_generate}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m lab.bench", description="Measure speed.")
+    parser.add_argument("bench", choices=BENCHES)
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument("--out", default="bench.jsonl", help="file to append to (bench.jsonl)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it works")
+    args = parser.parse_args(argv)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    try:
+        BENCHES[args.bench](torch.device(args.device), args)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        sys.exit(f"lab.bench: error: {one_line(error)}")
+    print(printable(f"written to {args.out}"))
+
+
+if __name__ == "__main__":
+    main()

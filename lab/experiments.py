@@ -1,0 +1,255 @@
+"""The runs behind docs/results.md, as data: python -m lab.experiments [GROUP ...]
+
+    python -m lab.experiments --list    # every run, and whether its result is there
+    python -m lab.experiments short     # runs what is missing of this group; without names, of all
+    python -m lab.results               # writes the page
+
+A run is a command that can be typed by hand. It has one thread. What it finds becomes a line of
+lab/results/runs.jsonl, its checkpoints are in out-experiments/. A run that was stopped is resumed.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.tokenizer import one_line, printable
+from lab.bench import processor
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "lab/results/runs.jsonl"
+OUT = "out-experiments"  # in ROOT
+
+
+class Group(NamedTuple):
+    """Training runs that differ in model, learning rate and seed."""
+
+    command: str
+    models: dict
+    rates: tuple | str  # or the group of which the rate with the lowest loss is taken
+    seeds: tuple
+
+
+# A million parameters, 3.6 and 0.5 million, 0.1 million. A step has 2,048 tokens everywhere.
+TRAIN = "python -m lab.train --sample_tokens 0"
+LANGUAGE = f"{TRAIN} --n_layer 5 --d_model 128 --n_rows 32 --k_rows 8 --context 256 --batch_size 8"
+SHORT = f"{LANGUAGE} --max_steps 500 --eval_every 100"
+LARGE = (
+    f"{TRAIN} --n_layer 9 --d_model 192 --n_rows 48 --k_rows 12 --context 512 --batch_size 4 "
+    "--max_steps 5000 --eval_every 500"
+)
+SMALL = f"{TRAIN} --n_layer 4 --d_model 96 --context 256 --batch_size 8 --max_steps 200"
+RECALL = f"{TRAIN} --n_layer 2 --d_model 64 --n_rows 64 --k_rows 16"
+MQAR = f"{RECALL} --data mqar --context 64 --batch_size 32 --max_steps 4800 --eval_every 400"
+MQAR256 = f"{RECALL} --data mqar --context 256 --batch_size 8 --max_steps 4800 --eval_every 800"
+PASSKEY = f"{RECALL} --data passkey --context 256 --batch_size 8 --max_steps 600"
+TINY = "python train.py --preset cpu --data data/tinyshakespeare --max_steps 600 --eval_every 100"
+
+CHANGES = {"shared": "--shared_row", "shift": "--shift", "conv": "--conv 4", "gate": "--gate"}
+MODELS = {
+    "paper": "",
+    "dense": "--k_rows none",
+    "ours": "--shared_row --shift --conv 4 --gate",  # all of CHANGES
+    "transformer": "--layer attention",
+    "transformer+conv": "--layer attention --conv 4",
+    "mamba2": "--layer mamba2",
+}
+RECALL_MODELS = {
+    **MODELS,
+    "paper+shift": "--shift",
+    "transformer": "--layer attention --n_head 4",
+    "transformer+conv": "--layer attention --n_head 4 --conv 4",
+}
+HEADS = {f"transformer-{n}-heads": f"--layer attention --n_head {n}" for n in (1, 2)}
+EXTENSIONS = {
+    "+".join(names): " ".join(CHANGES[name] for name in names)
+    for n in (1, 2, 3)
+    for names in itertools.combinations(CHANGES, n)
+}
+WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
+SHAPES = [(4, 1), (4, 4), (16, 4), (32, 8), (64, 4), (64, 16), (256, 4), (256, 64)]
+ROWS = {f"m={m},k={k}": f"--n_rows {m} --k_rows {k}" for m, k in SHAPES}
+SHARED = {f"shared,m={m},k={k}": f"--shared_row --n_rows {m + 1} --k_rows {k}" for m, k in SHAPES}
+LIMITS = {f"{n}-seconds": f"--seconds {n}" for n in (100, 300, 900)}
+RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
+MORE_RATES = ("1e-3", *RATES)
+SEEDS = ("1337", "1", "2")
+
+GROUPS = {
+    "rates": Group(f"{LANGUAGE} --max_steps 300 --eval_every 100", MODELS, RATES, SEEDS[:1]),
+    "short": Group(SHORT, MODELS, "rates", SEEDS),
+    "ten": Group(f"{LANGUAGE} --max_steps 5000 --eval_every 500", MODELS, "rates", SEEDS[:2]),
+    "large": Group(LARGE, MODELS, "rates", SEEDS[:1]),
+    "extensions": Group(SHORT, {**EXTENSIONS, **WIDE}, ("8e-3",), SEEDS),
+    "rows": Group(SMALL, {**ROWS, **SHARED}, ("8e-3",), SEEDS),
+    "recall-rates": Group(MQAR, {**RECALL_MODELS, **HEADS}, MORE_RATES, SEEDS[:1]),
+    "recall": Group(MQAR, {**RECALL_MODELS, **HEADS}, "recall-rates", SEEDS),
+    "recall256": Group(MQAR256, RECALL_MODELS, "recall-rates", SEEDS),
+    "passkey": Group(PASSKEY, RECALL_MODELS, "recall-rates", SEEDS),
+    "default": Group("python train.py --preset cpu", {"default": ""}, ("4e-3",), SEEDS),
+    # after python data/prepare.py --input tinyshakespeare.txt --out data/tinyshakespeare
+    "tinyshakespeare": Group(TINY, LIMITS, ("4e-3",), SEEDS),
+}
+
+# Evaluations of the last checkpoints of a group: its name, the options.
+EVALUATIONS = {
+    "long": ("short", "--long --times 128 --tokens 65536"),
+    "routing": ("short", "--routing --tokens 65536"),
+    "recall-pairs": ("recall", "--recall"),
+    "recall256-pairs": ("recall256", "--recall"),
+    "passkey-distances": ("passkey", "--recall --times 128"),
+}
+
+
+def read_runs():
+    """{name: line} of the file of results."""
+    lines = RUNS.read_text(encoding="utf-8").splitlines() if RUNS.is_file() else []
+    return {line["name"]: line for line in map(json.loads, lines)}
+
+
+def best_rate(done, sweep, model):
+    """The rate with the lowest loss in the sweep; None as long as it is not whole."""
+    group = GROUPS[sweep]
+    names = {rate: f"{sweep}/{model}_{rate}_{group.seeds[0]}" for rate in group.rates}
+    if not all(name in done for name in names.values()):
+        return None
+    return min(names, key=lambda rate: done[names[rate]]["result"]["nats"])
+
+
+def runs_of(name, done):
+    """{name of a run: command} of a group; without the models whose rate is not known yet."""
+    if name in EVALUATIONS:
+        of, options = EVALUATIONS[name]
+        evaluate = "python -m lab.evaluate"
+        return {
+            run.replace(of, name, 1): f"{evaluate} {OUT}/{run}/last.pt {options}"
+            for run in runs_of(of, done)
+        }
+    group = GROUPS[name]
+    runs = {}
+    for model, options in group.models.items():
+        rates = group.rates
+        if isinstance(rates, str):
+            rate = best_rate(done, rates, model)
+            rates = () if rate is None else (rate,)
+        for rate in rates:
+            for seed in group.seeds:
+                command = f"{group.command} {options} --lr {rate} --seed {seed}"
+                runs[f"{name}/{model}_{rate}_{seed}"] = " ".join(command.split())
+    return runs
+
+
+def thinned(points, most=50):
+    """At most so many points of a curve, evenly, the first and the last among them."""
+    if len(points) <= most:
+        return points
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def read_log(folder, printed):
+    """What a training run found: from its log.csv, and the number of parameters as printed."""
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    train = [[int(row["step"]), float(row["train_loss"])] for row in rows if row["train_loss"]]
+    validation = [[int(row["step"]), float(row["val_loss"])] for row in rows if row["val_loss"]]
+    parameters = next(line for line in printed.splitlines() if line.startswith("model "))
+    result = {
+        "parameters": int(parameters.split()[1].replace(",", "")),
+        "tokens": int(rows[-1]["tokens"]),
+        "train": thinned(train),
+        "validation": thinned(validation[:-1]),  # of a part of the text
+        "nats": validation[-1][1],  # of all of it
+    }
+    for name, column in (("bits_per_byte", "val_bpb"), ("right", "val_accuracy")):
+        if rows[-1].get(column):
+            result[name] = float(rows[-1][column])
+    return result
+
+
+def run(name, command):
+    """Run it on one thread -> its line. Raises RuntimeError with the last line that it printed."""
+    words = [sys.executable, *command.split()[1:]]
+    folder = ROOT / OUT / name
+    trains = "lab.evaluate" not in words
+    if trains:
+        begun = folder.with_name(f"{folder.name}.command")  # the command whose run the folder has
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        same = begun.is_file() and begun.read_text(encoding="utf-8") == command
+        begun.write_text(command, encoding="utf-8")
+        resumes = same and (folder / "last.pt").is_file()
+        words += ["--out", str(folder), "--resume" if resumes else "--overwrite"]
+    start = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if ran.returncode or "\nstopped " in ran.stdout:
+        raise RuntimeError((ran.stderr.strip() or ran.stdout.strip()).split("\n")[-1])
+    line = {"name": name, "command": command, "seconds": round(time.perf_counter() - start)}
+    line |= {"processor": processor(), "date": time.strftime("%Y-%m-%d")}
+    line |= {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    if trains:
+        return {**line, "result": read_log(folder, ran.stdout)}
+    return {**line, "results": [json.loads(text) for text in ran.stdout.splitlines()]}
+
+
+def run_group(name, jobs):
+    """Run what is missing of a group, so many at a time. Returns how many failed."""
+    done = read_runs()
+    missing = {}
+    for run_name, command in runs_of(name, done).items():
+        if done.get(run_name, {}).get("command") != command:
+            missing[run_name] = command
+    failed = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, *item): item[0] for item in missing.items()}
+        for future in as_completed(futures):
+            try:
+                line = future.result()
+            except (RuntimeError, OSError, ValueError) as error:
+                failed += 1
+                print(printable(f"FAILED {futures[future]}: {one_line(error)}"), flush=True)
+                continue
+            with open(RUNS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            nats = line.get("result", {}).get("nats", "")
+            print(f"{line['seconds']:7} s  {line['name']}  {nats}", flush=True)
+    return failed
+
+
+def main(argv=None):
+    names = [*GROUPS, *EVALUATIONS]
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.experiments", description="Run the experiments of docs/results.md."
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(names))
+    parser.add_argument("--list", action="store_true", help="only print what there is to run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
+    args = parser.parse_args(argv)
+    groups = args.groups or names
+    if unknown := [name for name in groups if name not in names]:
+        parser.error(f"there is no group {printable(unknown[0])}; --help has their names")
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    if args.list:
+        done = read_runs()
+        for name in groups:
+            for run_name, command in runs_of(name, done).items():
+                there = done.get(run_name, {}).get("command") == command
+                print(f"{'done' if there else 'missing':8}{run_name:40}{command}")
+        return
+    failed = sum(run_group(name, args.jobs) for name in groups)
+    if failed:
+        sys.exit(f"lab.experiments: {failed} failed; the same command runs them again")
+
+
+if __name__ == "__main__":
+    main()
