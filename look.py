@@ -1,127 +1,406 @@
-"""See what a trained model's memory does with a text: python look.py --prompt "ROMEO:" --generate 60
+"""See what a trained model's memory does with a text.
 
-Writes one HTML file that needs nothing else, no network either: for every token and layer, which earlier tokens it reads from,
-with which exact weight; which rows it writes; what each row then holds; what the model expects next. Without arguments it
-shows a passage of the validation text to the checkpoint of the default run. inside/record.py has the formulas.
+    python look.py                                      # a passage of the validation text
+    python look.py --prompt "ROMEO:" --generate 60      # a text of yours, and what the model adds
+    python look.py --prompt FILE:book.txt --tokens 200  # its last 200 tokens, after all the others
+
+Writes one HTML file, which needs nothing else and no network. It shows which earlier tokens each
+token reads from in each layer, and with which exact weight; which rows it writes; what each row
+then holds; what the model expects next.
+
+All of that is known exactly, since the recurrence (eq. 10 of fmem.py) is linear: after token t each
+row is a mean of the inputs so far and of the row before the text, with weights that add up to 1.
+
+    h_t[i] = F_t[i] h_0[i] + sum_{s<=t} E_t[s, i] xbar_s
+    E_t[s, i] = theta_s[i] prod_{s<u<=t} (1 - theta_u[i])
+    F_t[i] = prod_{u<=t} (1 - theta_u[i])
+
+So the read (eq. 11) is linear in them too, and A is the attention map of a recurrent model:
+
+    y_t = sum_{s<=t} A[t, s] xbar_s + sum_i q_t[i] F_t[i] h_0[i]
+    A[t, s] = sum_i q_t[i] E_t[s, i]
+    q_t[i] = phi_t[i] / rms(h_t[i])
 """
+
 import argparse
+import base64
+import hashlib
+import json
 import os
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from data import recall, token_files
-from data.messages import one_line, printable
-from data.tokenizer import encode
-from inside.page import MARK, page, page_data, words_of
-from inside.record import record
-from sampling.text_state import load_state, read_prompt
-from training.checkpoint import load_checkpoint, model_from, tokenizer_of
+import fmem
+from data import prepare, tokenizer
 
-MOST = 1024         # tokens that a page shows: the map of who reads whom has that many rows and columns
-
-
-def passage(checkpoint, folder, n):
-    """n tokens from the middle of the validation text, from the start of a paragraph if there is one there. Raises ValueError."""
-    _, tokens, fields, _ = token_files.load(folder or checkpoint["settings"]["data"])
-    if fields != checkpoint["tokenizer"]:
-        raise ValueError("--data was prepared with another tokenizer than the checkpoint's; --prompt shows a text of yours")
-    enc, start = tokenizer_of(checkpoint), max(min(len(tokens) // 2, len(tokens) - n), 0)
-    some = tokens[start:start + 2 * n + 200].tolist()
-    pieces = [enc.decode_single_token_bytes(token) for token in some]
-    at = next((i for i, piece in enumerate(pieces, 1) if piece.endswith(b"\n") and pieces[i - 2:i - 1] == [b"\n"]), 0)
-    return torch.tensor((some[at:] if len(some) - at >= n else some)[:n])
+TEMPLATE = Path(__file__).resolve().with_name("look.html")
+MARK = "<!-- a page of fmem's look.py -->"  # in the second line of every page
+MOST_TOKENS = 1024  # that a page shows: the map of who reads whom has that many rows and columns
+PASSAGE = 160  # tokens of the validation text that are shown where no prompt is given
+LIKELIEST = 8  # tokens that are shown of what the model expects
 
 
-def text_of(checkpoint, model, a):
-    """-> tokens [T], how many of them were given, the words of the vocabulary, what came before. Raises ValueError, OSError."""
-    if checkpoint["tokenizer"] is None:                 # a recall task: its tokens are numbers
-        if a.prompt is not None or a.generate or a.load_state:
-            raise ValueError(f"the checkpoint was trained on {checkpoint['corpus']}, not on text: leave --prompt, --generate and "
-                             "--load-state out")
-        window = recall.Recall(checkpoint["corpus"], checkpoint["settings"]["context"], seed=a.seed)(0)[0, :a.tokens]
-        words = [f" {recall.word(token)}" for token in range(model.config.vocab_size)]
-        return window, len(window), words, None
-    enc = tokenizer_of(checkpoint)
-    before = a.load_state and load_state(a.load_state, model, torch.device("cpu"))
-    if a.prompt is None and not before:
-        tokens = passage(checkpoint, a.data, a.tokens)
-    else:
-        first = before["token"] if before else enc.eot_token
-        tokens = torch.tensor([first, *encode(enc, read_prompt(a.prompt or "")).tolist()])
-    given = len(tokens)
-    if given + a.generate > MOST:
-        raise ValueError(f"a page shows up to {MOST:,} tokens, not {given + a.generate:,}; shorten the text or --generate")
-    made = model.generate(tokens[None], a.generate, 0.8, top_p=0.95, generator=torch.Generator().manual_seed(a.seed),
-                          state=before and before["state"])
-    return torch.cat([tokens, *made]), given, words_of(enc), before
+# What the layers do.
+
+
+@dataclass
+class Record:
+    """What a layer did with a text of T tokens, in float64. m rows of width d.
+
+    What it read, before W_o and a gate, is y = A @ xbar + rest.
+    """
+
+    xbar: Tensor  # [T, d] what was written
+    A: Tensor  # [T, T] weight of each token (column) in the read of each (row); 0 for later ones
+    start: Tensor  # [T] weight of the memory before the text in each read
+    rest: Tensor  # [T, d] what that memory adds to each read
+    theta: Tensor  # [T, m] write weights, zero outside the top k
+    phi: Tensor  # [T, m] read weights
+    rms: Tensor  # [T + 1, m] of each row before the text, and after each token; without epsilon
+    eta: Tensor  # [T] update rate
+    mu: Tensor  # [T] merge rate
+    entropy: Tensor  # [T] of the affinity before the top k, in nats
+    n_routed: int  # rows that the affinity chooses among: m, or m - 1 beside a shared row
+
+    def shares(self):
+        """A and start divided by their sum: what share of a read is whose, [T, T] and [T]."""
+        total = (self.A.sum(1) + self.start).clamp_min(1e-30)
+        return self.A / total[:, None], self.start / total
+
+
+@torch.no_grad()
+def record(model, tokens, state=None):
+    """What every layer does with tokens [T] after `state`: Records, and the logits [T, vocab_size].
+
+    Raises ValueError for a model whose layers are no Factorization Memory.
+    """
+    if not all(hasattr(block.memory, "scan_inputs") for block in model.blocks):
+        raise ValueError(f"{model.layer_name} has no rows to look at, only a memory of fmem has")
+    seen = []
+
+    def see(layer, inputs):
+        seen.append((layer, *inputs))
+
+    hooks = [block.memory.register_forward_pre_hook(see) for block in model.blocks]
+    try:
+        logits, _ = model(tokens[None], state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [record_layer(*call) for call in seen], logits[0]
+
+
+def record_layer(layer, x, state=None):
+    """What a layer does with its input x [1, T, d_model] and the state before it."""
+    inputs = []  # what the projections get: x, or x after a short convolution
+    hook = layer.W_i.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    try:
+        theta, phi, xbar = (v[0].double() for v in layer.scan_inputs(x, state))
+    finally:
+        hook.remove()
+    u = inputs[0]
+    log_alpha = torch.log_softmax(layer.W_alpha(u)[0].double() / layer.config.tau, -1)
+
+    T, m = theta.shape
+    h0 = state if state is None or isinstance(state, Tensor) else state[0]
+    h0 = xbar.new_zeros(m, xbar.shape[1]) if h0 is None else h0[0].double()
+    h = h0
+    E = theta.new_zeros(T, m)
+    kept = theta.new_ones(m)  # F
+    A = theta.new_zeros(T, T)
+    start = theta.new_zeros(T)
+    rest = torch.zeros_like(xbar)
+    mean_square = theta.new_zeros(T + 1, m)
+    mean_square[0] = h.square().mean(-1)
+    for t in range(T):
+        keep = 1 - theta[t]
+        h = keep[:, None] * h + theta[t, :, None] * xbar[t]  # eq. 10
+        E *= keep
+        E[t] = theta[t]
+        kept = kept * keep
+        mean_square[t + 1] = h.square().mean(-1)
+        q = phi[t] * torch.rsqrt(mean_square[t + 1] + layer.config.norm_eps)  # eq. 11
+        A[t] = E @ q
+        start[t] = q @ kept
+        rest[t] = (q * kept) @ h0
+    return Record(
+        xbar=xbar,
+        A=A,
+        start=start,
+        rest=rest,
+        theta=theta,
+        phi=phi,
+        rms=mean_square.sqrt(),
+        eta=torch.sigmoid(layer.w_eta(u)[0, :, 0].double()),
+        mu=torch.sigmoid(layer.w_mu(u)[0, :, 0].double()),
+        entropy=-(log_alpha.exp() * log_alpha).sum(-1),
+        n_routed=log_alpha.shape[-1],
+    )
+
+
+# The page.
+
+
+def visible(piece):
+    """A token's bytes as text; what is no whole character, or cannot be seen, as its escape."""
+    text = piece.decode("utf-8", "backslashreplace")
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def packed(values, dtype=torch.float32):
+    """An array as base64 of little-endian numbers."""
+    array = values.to(dtype).contiguous().numpy()
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def rounded(values):
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+def layer_data(layer):
+    """What the page needs of a Record. Of theta, phi and rms the k rows that a token touches.
+
+    Raises ValueError for more rows than the page can number.
+    """
+    m = layer.theta.shape[1]
+    if m > 2**16:
+        raise ValueError(f"a page shows up to {2**16:,} rows, not {m:,}")
+    touched = (layer.theta > 0) | (layer.phi > 0)
+    k = max(int(touched.sum(1).max()), 1)
+    rows = touched.int().topk(k, -1).indices.sort(-1).values  # filled up with rows as they are
+    return {
+        "m": m,
+        "k": k,
+        "n_routed": layer.n_routed,
+        "rows": packed(rows, torch.uint16),  # [T, k], as the next three
+        "theta": packed(layer.theta.gather(1, rows)),
+        "phi": packed(layer.phi.gather(1, rows)),
+        "rms": packed(layer.rms[1:].gather(1, rows)),
+        "rms_before": packed(layer.rms[0]),  # [m]
+        "eta": rounded(layer.eta),
+        "mu": rounded(layer.mu),
+        "entropy": rounded(layer.entropy),
+    }
+
+
+def page_data(layers, logits, tokens, words, **more):
+    """What the page shows, ready for JSON.
+
+    layers, logits: from `record`, of tokens [T]. words: the text of each token of the vocabulary.
+    more: eps (of the row norm), about (a line on the model), given (tokens that the model did not
+    write itself), before (tokens before these), conv (width of a convolution), show (the token that
+    is chosen first).
+    """
+    log_p = torch.log_softmax(logits.double(), -1)
+    loss = -log_p[:-1].gather(1, tokens[1:, None])[:, 0]
+    p, ids = log_p.exp().topk(min(LIKELIEST, log_p.shape[1]), -1)
+    shown = {*tokens.tolist(), *ids.flatten().tolist()}
+    return {
+        "words": {token: words[token] for token in sorted(shown)},
+        "tokens": tokens.tolist(),
+        "given": len(tokens),
+        "before": 0,
+        "conv": 0,
+        "show": most_telling(layers[0]),
+        "loss": [None, *rounded(loss)],
+        "top": [
+            list(zip(i, rounded(v), strict=True)) for i, v in zip(ids.tolist(), p, strict=True)
+        ],
+        "layers": [layer_data(layer) for layer in layers],
+        **more,
+    }
+
+
+def most_telling(layer):
+    """The token in the second half of the text that reads from furthest back, on average."""
+    share, _ = layer.shares()
+    position = torch.arange(len(share))
+    distance = (position[:, None] - position) * share
+    half = len(share) // 2
+    return half + int(distance.sum(1)[half:].argmax())
+
+
+def page(data):
+    """The page as text. Nothing in the data can end its element or run as a script.
+
+    In the data "<", ">" and "&" are escaped, and the browser runs no script but the template's,
+    which the page names by its hash.
+    """
+    template = TEMPLATE.read_text(encoding="utf-8")
+    script = template.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    template = template.replace("\n", f"\n{MARK}\n", 1)
+    return template.replace("{{hash}}", digest, 1).replace("{{data}}", text, 1)
 
 
 def write(path, text):
-    """Write a page whole, or not at all; a file that is no page of ours is left alone. Raises ValueError, OSError."""
+    """Write a page whole, or not at all. Raises ValueError if another file is there, or OSError."""
     if path.exists():
-        with open(path, "rb") as f:
-            if MARK.encode() not in f.read(200):
-                raise ValueError(f"--out {path} exists and is not a page of look.py; name another file")
-    tmp = path.with_name(f".{path.name}.tmp")
+        with open(path, "rb") as file:
+            if MARK.encode() not in file.read(200):
+                raise ValueError(f"{path} is not a page of look.py and stays; name another --out")
+    with tempfile.TemporaryDirectory(prefix=".look-", dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(unfinished, path)
+
+
+# The command.
+
+
+def passage(fields, folder, n):
+    """n tokens from the middle of a prepared folder's validation text.
+
+    They start after an empty line, if there is one near. fields: the tokenizer that the folder must
+    have. Raises ValueError, OSError.
+    """
     try:
-        tmp.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+        _, tokens, own_fields, _ = prepare.load(folder)
+    except ValueError as error:
+        raise ValueError(f"there is no --prompt, and {error}") from None
+    if own_fields != fields:
+        raise ValueError(f"{folder} was prepared with another tokenizer; --prompt shows any text")
+    pieces = tokenizer.token_bytes(tokenizer.load_tokenizer(fields))
+    middle = max(min(len(tokens) // 2, len(tokens) - n), 0)
+    text = tokens[middle : middle + 2 * n + 200].tolist()
+    for i in range(2, len(text) - n):
+        if pieces[text[i - 2]].endswith(b"\n") and pieces[text[i - 1]] == b"\n":
+            return text[i : i + n]
+    return text[:n]
 
 
-def look(a):
-    """Write the page that the options ask for, and return its data. Raises ValueError, OSError."""
-    for name, least, most in (("tokens", 2, MOST), ("generate", 0, MOST), ("seed", 0, 2**63 - 1)):
-        if not least <= getattr(a, name) <= most:
-            raise ValueError(f"--{name} must be from {least} to {most}, not {getattr(a, name)}")
-    best = Path("out/best.pt")
-    path = Path(a.checkpoint) if a.checkpoint else best if best.exists() else best.with_name("last.pt")
-    checkpoint = load_checkpoint(path)
-    model = model_from(checkpoint, "cpu", scan="auto")
-    tokens, given, words, before = text_of(checkpoint, model, a)
-    if len(tokens) < 2:
-        raise ValueError("a text of one token shows nothing; give a longer --prompt, or --generate some tokens")
-    layers, logits = record(model, tokens, before["state"] if before else None)
+def read_prompt(prompt):
+    """The prompt as text: itself, FILE:path, or - for standard input. Raises OSError."""
+    if prompt == "-":
+        return sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+    if prompt.startswith("FILE:"):
+        return Path(prompt.removeprefix("FILE:")).read_bytes().decode("utf-8-sig", "replace")
+    return prompt
+
+
+def text_and_words(saved, args):
+    """The text's tokens as numbers, and the text of each token of the vocabulary.
+
+    saved: the checkpoint. A model of a recall task has no tokenizer: its tokens are numbers.
+    Raises ValueError, OSError.
+    """
+    vocab_size = saved["config"]["vocab_size"]
+    if saved["tokenizer"] is None:
+        words = [f" {number}" for number in range(vocab_size)]
+        numbers = read_prompt(args.prompt or "").split()
+        if not numbers or not all(n.isdecimal() and int(n) < vocab_size for n in numbers):
+            raise ValueError(
+                f"the model was trained on {saved['corpus']}, not on text: --prompt must be "
+                f"numbers of tokens below {vocab_size}, with blanks between them"
+            )
+        return [int(n) for n in numbers], words
+    encoding = tokenizer.load_tokenizer(saved["tokenizer"])
+    words = [visible(piece) for piece in tokenizer.token_bytes(encoding)]
+    words[encoding.eot_token] = tokenizer.EOT
+    if args.prompt is None:
+        folder = args.data or saved["settings"].get("data", prepare.DEFAULT)
+        return passage(saved["tokenizer"], folder, args.tokens or PASSAGE), words
+    text = tokenizer.encode(encoding, read_prompt(args.prompt))
+    return [encoding.eot_token, *text.tolist()], words
+
+
+def look(args):
+    """Write the page that the options ask for, and return its path and data.
+
+    Raises ValueError, OSError, and RuntimeError where torch does.
+    """
+    path = args.checkpoint or Path("out/best.pt")
+    if not args.checkpoint and not path.exists():
+        path = Path("out/last.pt")
+    model, saved = fmem.load(path)
+    tokens, words = text_and_words(saved, args)
+
+    # Of a text that is longer than a page the end is shown, after what came before it.
+    count = min(args.tokens or MOST_TOKENS, MOST_TOKENS - args.generate)
+    tokens = torch.tensor(tokens)
+    before, shown = tokens[:-count], tokens[-count:]
+    state = None
+    if len(before):
+        with torch.no_grad():
+            for piece in before[None].split(fmem.PREFILL, 1):
+                _, state = model.hidden(piece, state)
+    generator = torch.Generator().manual_seed(args.seed)
+    choice = dict(temperature=0.8, top_p=0.95, generator=generator)
+    written = [int(t) for t in model.generate(shown[None], args.generate, state, **choice)]
+    given = len(shown)
+    shown = torch.cat([shown, torch.tensor(written, dtype=torch.long)])
+    if len(shown) < 2:
+        raise ValueError("one token shows nothing; give a longer --prompt, or --generate some")
+
+    layers, logits = record(model, shown, state)
     if not logits.isfinite().all():
-        raise ValueError(f"{path}: its weights lead to numbers that are not finite")
-    kind = {"memory": "Factorization Memory", "attention": "a Transformer", "mamba2": "Mamba-2"}[model.config.mixer]
-    rows = f", {model.config.n_rows} rows, {model.config.k_rows or model.config.n_rows} per token" * (layers[0].kind == "memory")
-    shares, half = layers[0].shares()[0].abs(), len(tokens) // 2
-    away = (torch.arange(len(tokens))[:, None] - torch.arange(len(tokens))) * shares        # how far back a token reads
-    show = half + away.sum(1)[half:].argmax().item()
-    about = f"{kind}: {len(layers)} layers{rows}. {path}, step {checkpoint['step']:,}, trained on {checkpoint['corpus']}."
-    data = page_data(layers, logits, tokens, words, model.config.norm_eps, made=given, state=bool(before), conv=model.config.conv,
-                     show=show, about=printable(about, ""))
-    write(a.out, page(data))
-    return data
+        raise ValueError(f"the weights in {path} lead to numbers that are not finite")
+    config = model.config
+    extensions = ", ".join(name for name, value in model.layer_arguments.items() if value)
+    about = (
+        f"Factorization Memory{' with ' if extensions else ''}{extensions}: {config.n_layer} "
+        f"layers, {config.n_rows} rows, {config.k_rows} per token. {path}, step "
+        f"{saved['step']:,}, trained on {saved['corpus']}."
+    )
+    data = page_data(
+        layers,
+        logits,
+        shown,
+        words,
+        eps=config.norm_eps,
+        about=tokenizer.printable(about),
+        given=given,
+        before=len(before),
+        conv=model.layer_arguments.get("conv", 0),
+    )
+    out = args.out or path.with_name("look.html")
+    write(out, page(data))
+    return out, data
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="See what a trained model's memory does with a text.", allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"look.py: error: {one_line(message)}; --help lists the options\n")
-    p.add_argument("--checkpoint", metavar="FILE", help="default: out/best.pt, else out/last.pt")
-    p.add_argument("--prompt", help="text to show, FILE:path, or - for standard input (default: some validation text)")
-    p.add_argument("--generate", type=int, default=0, metavar="N", help="tokens that the model adds to it (default: 0)")
-    p.add_argument("--out", type=Path, default=Path("look.html"), metavar="FILE", help="the page (default: look.html)")
-    p.add_argument("--tokens", type=int, default=120, help="length of the passage, if no prompt is given (default: 120)")
-    p.add_argument("--data", metavar="DIR", help="prepared folder with the validation text (default: that of the training)")
-    p.add_argument("--load-state", metavar="FILE", type=Path, help="continue the text of sample.py --save-state")
-    p.add_argument("--seed", type=int, default=1337, help="of the tokens that are generated (default: 1337)")
-    a = p.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description="See what a trained model's memory does with a text.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="FILE", help="default: out/best.pt, else out/last.pt")
+    add("--prompt", help="text to show, FILE:path, or - (default: a passage of validation text)")
+    add("--generate", type=int, default=0, metavar="N", help="tokens that the model adds")
+    add("--tokens", type=int, metavar="N", help="length of the passage, or of the prompt's end")
+    add("--data", metavar="DIR", help="prepared folder of the passage (default: the training's)")
+    add("--seed", type=int, default=1337, help="of --generate (default: 1337)")
+    add("--out", type=Path, metavar="FILE", help="default: look.html beside the checkpoint")
+    add("--debug", action="store_true", help="show where an error comes from")
+    parser.error = lambda message: parser.exit(
+        2, f"look.py: error: {tokenizer.one_line(message)}; --help lists the options\n"
+    )
+    args = parser.parse_args(argv)
+    if args.tokens is not None and not 2 <= args.tokens <= MOST_TOKENS:
+        parser.error(f"--tokens must be from 2 to {MOST_TOKENS}, not {args.tokens}")
+    if not 0 <= args.generate <= MOST_TOKENS - 2:
+        parser.error(f"--generate must be from 0 to {MOST_TOKENS - 2}, not {args.generate}")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
-        torch.set_flush_denormal(True)
-        data = look(a)
-        size = f"{len(data['tokens'])} tokens, {len(data['layers'])} layers, {a.out.stat().st_size / 1e6:.1f} MB"
-        print(printable(f"{a.out}: {size}; open it in a browser"))
-    except (ValueError, OSError, RuntimeError) as e:    # RuntimeError: weights that lead to infinity, too little memory
-        sys.exit(f"look.py: error: {one_line(e)}")
+        out, data = look(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        if args.debug:
+            raise
+        sys.exit(f"look.py: error: {tokenizer.one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+    size = f"{len(data['tokens'])} tokens, {len(data['layers'])} layers"
+    print(tokenizer.printable(f"{out}: {size}; open it in a browser"))
 
 
 if __name__ == "__main__":
