@@ -5,6 +5,7 @@ form and the kernel against the loop, a step against the whole sequence. A toler
 not obvious has it beside it. Without a GPU the kernel runs in Triton's interpreter.
 """
 
+import csv
 import math
 import os
 import shutil
@@ -553,3 +554,27 @@ assert written == list(range(5, 25)), (loss, written)
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Ten losses of a small run. They change only if the model, its initialisation, the order of the
+# data or the optimiser does; another PyTorch may round otherwise, hence 1e-4.
+FIRST_LOSSES = [
+    5.68353,
+    5.65325,
+    5.55892,
+    5.44477,
+    5.42438,
+    5.29087,
+    5.28547,
+    5.18291,
+    5.22266,
+    5.18187,
+]
+
+
+def test_first_losses(small, tmp_path):
+    train = pytest.importorskip("train")
+    train.train({**small, "out": str(tmp_path), "max_steps": 10, "dropout": 0.0})
+    with open(tmp_path / "log.csv", newline="") as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
+    assert losses == pytest.approx(FIRST_LOSSES, abs=1e-4)

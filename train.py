@@ -1,128 +1,707 @@
 """Train a Factorization Memory language model.
 
-    python train.py                            # picks the device, the preset and the data; prints what and why
-    python train.py --resume                   # continues the run in out/
-    torchrun --nproc_per_node 2 train.py       # data parallel: the same batches, split over the processes
-    torchrun --nproc_per_node 8 train.py --fsdp     # the model too is split over them (training/sharded.py)
+    python train.py                                  # picks device, preset and data, and says why
+    python train.py --resume                         # goes on with the run in out/
+    python train.py --data data/mine --out out/mine  # on a folder that data/prepare.py made
+    torchrun --nproc_per_node 2 train.py             # the same batches, split over two processes
+    torchrun --nproc_per_node 8 train.py --fsdp      # the model is split too
 
-Every field of Settings in training/options.py is an option, `--name value`. A run writes into --out:
+Every field of Settings is an option. A run writes into --out:
 
-    last.pt   the newest checkpoint      best.pt    the one with the best validation loss
-    log.csv   one row per log line       loss.png   the loss curve, where matplotlib is installed
-    step-N.pt the state after N steps, with --keep_every
-    step-N/   instead of last.pt with --fsdp: every process writes its part
+    last.pt    the newest checkpoint: all that --resume needs, on any number of processes
+    best.pt    the weights with the lowest validation loss, for sample.py and look.py
+    step-N.pt  with --keep_every: the checkpoint after N steps; renamed to last.pt it can be resumed
+    log.csv    a row per log line and per evaluation
+    loss.png   the losses, where matplotlib is installed
 
-All that is random in a step is a function of (seed, step, process), so a resumed run is the unbroken one bit for bit.
+All that is random in a step follows from the seed, the step, the position in the data and the
+process. So a resumed run is the unbroken one bit for bit, log.csv too but for its seconds, as long
+as the number of threads and of processes is the same.
 """
-import dataclasses
+
+import argparse
+import contextlib
+import math
+import os
 import re
+import shlex
+import signal
 import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch.nn.parallel import DistributedDataParallel
 
-import fast
-from data.messages import one_line
-from training.checkpoint import Saved
-from training.device import Meter, autocast, check_memory, out_of_memory, pick_device, pick_dtype, try_compile
-from training.optimizer import make_optimizer
-from training.options import Settings, check_together, parse, settle
-from training.processes import Processes, Stop, end_at_once
-from training.run import Run
-from training.tasks import task_of
-from training.threads import Threads
-from variants.ablations import aux_loss
-from variants.build import ModelConfig, build
+from data import prepare
+from data.tokenizer import load_tokenizer, one_line, printable, token_bytes
+from fmem import FORMAT, FactorizationMemory, FMem, FMemConfig, has_float64, load
 
 
-def train(given):
-    """Run `given` ({name: value} of Settings). Returns the last checkpoint, or None in processes other than the first.
+class OptionError(ValueError):
+    """An option that cannot work."""
 
-    Raises ValueError or OSError, one line, on anything the user can mend.
+
+def option(default, text, gpu=None, least=1, most=2**31):
+    """A field: its value, its help, its value in the preset "gpu" if that is another, its range."""
+    text += f" [{default}]" if gpu is None else f" [{default}, gpu: {gpu}]"
+    return field(default=default, metadata=dict(help=text, gpu=gpu, least=least, most=most))
+
+
+@dataclass
+class Settings:
+    """A run. Raises OptionError for a value out of range; FMemConfig checks those of the model.
+
+    The defaults are the preset "cpu": 1.7 M parameters, an epoch and a half of the default corpus.
+    "gpu": 12.4 M and six epochs, few enough with dropout not to learn the corpus by heart.
     """
-    # Set-up: the processes, the run to resume, the device, the settings.
-    processes = Processes()
-    torch.set_flush_denormal(True)                      # sharp routing makes denormal decays, 3.5 times slower on a CPU
-    saved = Saved(Path(given.get("out", Settings.out)), given.get("resume"))
-    device, why_device = pick_device(given.get("device", saved.settings.get("device", "auto")), processes.local_rank)
-    s = settle(given, device, saved.settings)
-    dtype, why_dtype = pick_dtype(s.dtype, device)
-    if saved.exists() and not (s.resume or s.overwrite):
-        raise ValueError(f"{saved.out} holds a run; --resume continues it, --out DIR starts another, --overwrite replaces it")
-    local, micro = check_together(s, processes, saved)
-    threads = Threads(s.threads, device, processes.say)
-    processes.join(device, s.fsdp)
-    saved.out.mkdir(parents=True, exist_ok=True)
 
-    # The data, the model, the optimiser.
-    task = task_of(s, processes)
-    fields = {f.name for f in dataclasses.fields(ModelConfig)}
-    config = ModelConfig(vocab_size=task.vocab_size, **{k: v for k, v in dataclasses.asdict(s).items() if k in fields})
-    saved.check(config, task)
-    check_memory(config, device, shares=processes.world if s.fsdp else 1)
-    torch.manual_seed(s.seed)
-    model = processes.place(build(config), device, dtype)       # built alike in every process
-    optimizer = make_optimizer(model, s, device)
-    saved.restore(model, optimizer)
-    amp = autocast(device, dtype)
-    meter = Meter(device, dtype, config, s.context, processes.world)
-    run = Run(s, saved, processes, task, config, model, optimizer, device, amp, local, micro, threads, meter)
-    scan = fast.choose(config.scan, device, config.n_rows, config.d_memory, dtype)
-    run.introduce((device, why_device), (dtype, why_dtype), scan, saved)
-    net, may_compile = model, s.compile is None and device.type == "cuda" and not processes.joined
-    if s.compile or may_compile:
-        net = try_compile(model, task.batches(0)[:micro, :-1].to(device), amp, processes.say, asked=bool(s.compile))
-    net = processes.wrap(net)
+    preset: str = option("auto", "gpu, cpu, or auto: by the device")
+    out: str = option("out", "folder for checkpoints and log")
+    data: str = option("data/default", "prepared folder; the default one is made when missing")
+    resume: bool = option(False, "go on with the run in --out; options given again replace its own")
+    overwrite: bool = option(False, "start anew in a folder that holds a run, which is lost")
+    debug: bool = option(False, "show where an error comes from")
+    device: str = option("auto", "cuda, cpu ..., or auto")
+    dtype: str = option("auto", "bf16 (autocast), float32, or auto: bf16 on NVIDIA from Ampere on")
+    fsdp: bool = option(False, "split weights and optimiser over the processes of torchrun")
+    compile: bool = option(False, "use torch.compile")
+    threads: int | None = option(None, "threads of a CPU (None: PyTorch's choice)", most=1024)
+    seed: int = option(1337, "of the weights, the order of the data, and dropout", least=0)
 
-    # The loop.
-    with Stop() as stop:
-        while run.unfinished(stop):
-            parts, losses = run.next_batch(), []
-            try:
-                for i, windows in enumerate(parts):
-                    with processes.exchange(net, model, last=i == len(parts) - 1):
-                        with amp():
-                            logits, state = net(windows[:, :-1], run.states[i])
-                            loss = F.cross_entropy(logits.float().flatten(0, 1), task.targets(windows).flatten())
-                        ((loss + aux_loss(model)) * len(windows) / local).backward()
-                    losses.append(loss.detach() * len(windows) / local)
-                    run.carry(i, state)
-            except (MemoryError, RuntimeError) as e:
-                optimizer.zero_grad(set_to_none=True)
-                if run.halve(e):                        # the same step again, fewer windows at once
-                    continue
-                raise
-            norm = processes.clip(model, s.clip)
-            loss = processes.sum(torch.stack(losses).sum())
-            finite = bool(torch.isfinite(norm + loss))  # the same in all processes: the gradient is their mean
-            if finite:                                  # else nothing of this step may reach the weights
+    n_layer: int = option(4, "blocks", gpu=8)
+    d_model: int = option(192, "width", gpu=384)
+    d_memory: int | None = option(None, "d, width of a memory row (None: d_model)")
+    n_rows: int = option(32, "m, memory rows", gpu=64)
+    k_rows: int = option(8, "k, rows that a token writes and reads, n_rows at most", gpu=16)
+    tau: float = option(FMemConfig.tau, "temperature of the affinity", least=0)
+    alpha_std: float = option(FMemConfig.alpha_std, "of the affinity's logits at first", least=0)
+    d_mlp: int | None = option(None, "hidden width of the MLP (None: 8/3 d_model)")
+    dropout: float = option(0.0, "on the embedding and each layer's output", gpu=0.2, least=0)
+    tie_embeddings: bool = option(True, "the output layer shares the embedding's weights")
+    scan: str = option("chunked", "chunked, or loop: the definition, slowly")
+    recompute: bool = option(False, "less memory, more time: compute the scan twice")
+
+    context: int = option(256, "tokens per training window", gpu=1024)
+    batch_size: int = option(8, "windows per step, over all processes", gpu=16)
+    micro_batch: int | None = option(None, "windows per process and forward pass (None: all)")
+    max_steps: int = option(1300, "optimiser steps", gpu=650)
+    seconds: float = option(math.inf, "end the schedule after this time", least=1e-3, most=math.inf)
+    lr: float = option(4e-3, "peak learning rate of AdamW", gpu=3e-3, least=0)
+    min_lr: float = option(0.05, "last learning rate, as a share of the peak", least=0, most=1)
+    warmup: int = option(50, "steps of linear warm-up", least=0)
+    beta2: float = option(0.95, "AdamW's second decay rate", least=0, most=0.999999)
+    weight_decay: float = option(0.1, "AdamW's decay of the matrices", least=0)
+    clip: float = option(1.0, "largest norm of the gradient", least=0)
+    max_skipped: int = option(20, "end after so many steps in a row that are not finite")
+
+    log_every: int = option(10, "steps between log lines")
+    eval_every: int = option(200, "steps between evaluations, after each a checkpoint", gpu=50)
+    eval_tokens: int = option(32768, "validation tokens of these; the one at the end takes all")
+    keep_every: int | None = option(None, "steps between checkpoints that are kept (None: none)")
+    sample_tokens: int = option(200, "tokens of the sample at the end", least=0)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least, most = f.metadata["least"], f.metadata["most"]
+            if type(value) in (int, float) and not least <= value <= most:
+                raise OptionError(f"--{f.name} must be from {least} to {most}, not {value}")
+        for name, values in (("preset", "auto gpu cpu"), ("dtype", "auto bf16 float32")):
+            if getattr(self, name) not in values.split():
+                raise OptionError(f"--{name} must be one of {values}, not {getattr(self, name)}")
+        if self.resume and self.overwrite:
+            raise OptionError("--resume and --overwrite exclude each other")
+        with contextlib.suppress(ValueError):  # another drive, on Windows
+            self.data = os.path.relpath(self.data)
+
+
+MACHINE = ("out", "resume", "overwrite", "debug", "device", "fsdp")  # what no checkpoint keeps
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line: an option for every field of Settings, without a value if not given."""
+
+    def __init__(self, **how):
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **how)
+        for f in fields(Settings):
+            kind = dict(type=f.type if f.type in (str, float) else int, metavar="")
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            self.add_argument(f"--{f.name}", help=f.metadata["help"], **kind)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+
+def settle(given, saved, device):
+    """Settings: the values given, else those of the run to resume, else the preset's."""
+    preset = given.get("preset", saved.get("preset", "auto"))
+    if preset == "auto":
+        preset = "gpu" if device.type != "cpu" and has_float64(device) else "cpu"
+    values = {f.name: f.metadata["gpu"] for f in fields(Settings) if f.metadata["gpu"] is not None}
+    return Settings(**{**(values if preset == "gpu" else {}), **saved, **given, "preset": preset})
+
+
+def model_config(settings, vocab_size):
+    """Raises OptionError."""
+    names = [f.name for f in fields(FMemConfig) if hasattr(settings, f.name)]
+    try:
+        return FMemConfig(vocab_size, **{name: getattr(settings, name) for name in names})
+    except ValueError as error:
+        raise OptionError(f"--{error}") from None
+
+
+def pick_device(name):
+    """-> torch.device, the reason. Raises OptionError for a device that cannot be used."""
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    why = "as given"
+    if name == "auto":
+        name = gpu.type if gpu and has_float64(gpu) else "cpu"
+        why = "a GPU is here" if gpu else "no GPU is usable here"
+        if gpu and name == "cpu":
+            why = f"{gpu.type} is here, but has no float64, which the scan needs"
+    try:
+        device = torch.device(name)
+        if name == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device)
+    except Exception as error:  # each kind of device raises its own
+        raise OptionError(f"--device {name} cannot be used here: {one_line(error)}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        why += f", {torch.cuda.get_device_name(device)}"
+    return device, why
+
+
+def pick_dtype(name, device):
+    """-> torch.dtype, the reason."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32, "as given"
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    if nvidia and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16, "autocast; weights and optimiser stay float32"
+    return torch.float32, "bf16 is the default on NVIDIA from Ampere on"
+
+
+class Processes:
+    """This process, number `rank` of the `world` that torchrun started, or the only one."""
+
+    def __init__(self, device, fsdp):
+        self.device = device
+        self.fsdp = fsdp
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+        self.joined = self.world > 1 or fsdp
+        if fsdp and "WORLD_SIZE" not in os.environ:
+            raise OptionError("--fsdp needs torchrun --nproc_per_node N train.py --fsdp")
+        if self.joined:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def say(self, line):
+        if self.first:
+            print(printable(line), flush=True)
+
+    def sum(self, *values):
+        """The sum of each number over the processes."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.joined:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def share(self, value=None):
+        """The first process's value, in all of them; the others wait for it here."""
+        values = [value]
+        if self.joined:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def place(self, model, compiled):
+        """Put the model, or this process's part of it, on the device. Returns what is trained."""
+        if self.fsdp:
+            from torch.distributed.fsdp import fully_shard
+
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)  # what is left: embedding, last norm, output layer
+        net = torch.compile(model.to(self.device)) if compiled else model.to(self.device)
+        return net if self.fsdp or self.world == 1 else DistributedDataParallel(net)
+
+    def gather(self, model, optimizer):
+        """Weights and moments, whole and on the CPU, for the first process; all must call it."""
+        from torch.distributed.checkpoint import state_dict as dcp  # here: it takes a second
+
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        if not optimizer.state:  # before the first step; to ask for moments would make some
+            return dcp.get_model_state_dict(model, options=options), {}
+        return dcp.get_state_dict(model, optimizer, options=options)
+
+    def restore(self, model, optimizer, weights, moments):
+        """The reverse; the optimiser's rates and decays stay those of the settings."""
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.joined)
+        dcp.set_model_state_dict(model, weights, options=options)
+        if self.share(bool(moments)):
+            groups = [{**group} for group in optimizer.param_groups]
+            dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.update(before)
+
+    def leave(self):
+        if self.joined:
+            # DDP, when freed, holds Python's lock while it waits for gloo's thread, which needs the
+            # lock to let go of its last result. A moment for that thread avoids waiting forever.
+            time.sleep(0.5)
+            dist.destroy_process_group()
+
+
+class Text:
+    """The default task: the next token of the text in a prepared folder.
+
+    A task has vocab_size, tokenizer (fields, or None), corpus, about (a line), columns (its own in
+    log.csv), and `windows`, `targets` and `validate` as here.
+    """
+
+    columns = ("val_bpb", "val_tokens")
+
+    def __init__(self, settings):
+        folder = Path(settings.data)
+        if folder == Path(Settings.data):
+            folder = prepare.DEFAULT  # beside the code, whatever the working folder
+            if not (folder / "meta.json").is_file():
+                prepare.prepare()
+        self.tokens, self.val, self.tokenizer, meta = prepare.load(folder)
+        encoding = load_tokenizer(self.tokenizer)
+        self.bytes_of = np.array([len(token) for token in token_bytes(encoding)])
+        self.vocab_size = encoding.n_vocab
+        self.corpus = meta["corpus"]
+        size = meta["train"]["bytes"]
+        self.about = f"{self.corpus}: {size:,} bytes, {len(self.tokens):,} tokens to train on"
+        self.context = settings.context
+        self.seed = settings.seed
+        self.epoch = None
+        slack = len(self.tokens) - self.context
+        if slack < 1:
+            raise OptionError(f"--context must be below the text's {len(self.tokens)} tokens")
+        self.offsets = min(self.context, slack)  # an epoch starts at one of the first tokens
+        self.per_epoch = (len(self.tokens) - self.offsets) // self.context  # windows
+
+    def windows(self, first, count):
+        """Windows number first, first + 1, ... of the run: int64 [count, context + 1].
+
+        Each epoch cuts the text into windows from another offset and takes them in another order.
+        Both are functions of the seed and the epoch, so a window is one of seed and number.
+        """
+        windows = []
+        for number in range(first, first + count):
+            epoch, i = divmod(number, self.per_epoch)
+            if epoch != self.epoch:
+                rng = np.random.default_rng([self.seed, epoch])
+                self.epoch = epoch
+                self.offset = rng.integers(self.offsets)
+                self.order = rng.permutation(self.per_epoch)
+            start = self.offset + self.order[i] * self.context
+            windows.append(self.tokens[start : start + self.context + 1])
+        return torch.from_numpy(np.stack(windows).astype(np.int64))
+
+    def targets(self, windows):
+        """What the model is to predict: int64 [count, context], -100 where nothing is."""
+        return windows[:, 1:]
+
+    def validate(self, model, limit, count, processes, autocast):
+        """The loss over the validation split, or over its first `limit` tokens, each of them once.
+
+        It is cut into windows of `context` tokens, each read from an empty memory. `count` of them
+        go through the model at once, and the processes take turns; what fills up the last of them
+        is not counted. Returns nats per token, words about it, and the columns for log.csv.
+        """
+        tokens = self.val[: limit + 1] if limit else self.val
+        size = count * self.context
+        total = np.zeros(3)
+        for start in range(0, len(tokens) - 1, size * processes.world):
+            piece = tokens[start + size * processes.rank :][: size + 1]
+            padded = torch.full([size + 1], -100)
+            padded[: len(piece)] = torch.from_numpy(piece.astype(np.int64))
+            inputs = padded[:-1].clamp_min(0).view(count, self.context).to(processes.device)
+            targets = padded[1:]
+            with torch.no_grad(), autocast():
+                logits = model(inputs)[0].float().flatten(0, 1)
+            nats = F.cross_entropy(logits, targets.to(processes.device), reduction="sum")
+            counted = targets[targets >= 0]
+            total += nats.item(), len(counted), self.bytes_of[counted].sum()
+        nats, number, size = processes.sum(*total)
+        bits = nats / math.log(2) / max(size, 1)
+        loss = nats / number
+        words = f"{loss:.4f} nats per token, {bits:.4f} bits per byte ({number:,.0f} tokens)"
+        return loss, words, {"val_bpb": bits, "val_tokens": round(number)}
+
+
+def progress(settings, state):
+    """The share of the run that is done, and the setting that it is a share of."""
+    steps = state.step / settings.max_steps
+    seconds = state.seconds / settings.seconds
+    return max((steps, "max_steps"), (seconds, "seconds"))
+
+
+def learning_rate(settings, step, done):
+    """Linear warm-up, then cosine down to min_lr; done: the share of the run that is, 0 to 1."""
+    warmup = min(1, (step + 1) / (settings.warmup + 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+    return settings.lr * warmup * (settings.min_lr + (1 - settings.min_lr) * cosine)
+
+
+def make_optimizer(model, settings, device):
+    """AdamW; it decays the matrices of the layers, not embedding, output layer and gains."""
+    free = {id(model.embed.weight), id(model.head.weight)}
+    free |= {id(p) for p in model.parameters() if p.dim() < 2}
+    decayed = [p for p in model.parameters() if id(p) not in free]
+    others = [p for p in model.parameters() if id(p) in free]
+    matrices = {"params": decayed, "weight_decay": settings.weight_decay}
+    rest = {"params": others, "weight_decay": 0.0}
+    fused = device.type in ("cuda", "cpu")
+    betas = (0.9, settings.beta2)
+    return torch.optim.AdamW([matrices, rest], lr=settings.lr, betas=betas, fused=fused)
+
+
+@dataclass
+class State:
+    """Where a run is: with weights and moments, all that what follows depends on."""
+
+    step: int = 0  # optimiser steps, the skipped ones too
+    windows: int = 0  # position in the data
+    seconds: float = 0.0
+    losses: list = field(default_factory=list)  # of the steps since the last log line
+    skipped: int = 0  # steps that were not finite
+    val_loss: float = math.nan  # of the last evaluation
+    best: float = math.inf  # the lowest of them
+    log: str = ""  # log.csv
+
+
+def save(checkpoint, path):
+    """Write beside the target and rename, so that it is whole at any moment. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"cannot write {path}: {cause}; what was saved before stays") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_same_run(now, before, given):
+    """Raises OptionError if the run `before` had another model or other data than that of `now`."""
+    free = ["config", "settings", "dropout", "scan", "recompute"]
+    free += ["corpus"] if "data" in given else []
+    now = {**now, **now["config"]}
+    before = {**before, **before["config"]}
+    for name in now:
+        if name not in free and now[name] != before[name]:
+            raise OptionError(f"--resume: {name} is not that of the run; another --out starts one")
+
+
+def start_log(path, log, columns):
+    """Make log.csv what a checkpoint has of it; if it does not continue that, keep it elsewhere."""
+    existing = path.read_bytes() if path.exists() else b""
+    if existing and not (log and existing.startswith(log.encode()[: len(existing)])):
+        aside = path.with_name(f"log-{time.time_ns()}.csv")
+        os.replace(path, aside)
+        print(f"log       {path} is not that of this run; it is now {aside}")
+    log = log or ",".join(columns) + "\n"
+    path.write_bytes(log.encode())
+    return log
+
+
+def draw(log, path):
+    """The losses in log.csv as curves."""
+    from matplotlib.figure import Figure
+
+    table = np.atleast_1d(np.genfromtxt(log.splitlines(), delimiter=",", names=True))
+    axes = Figure(figsize=(7, 4)).subplots()
+    for column in ("train_loss", "val_loss"):
+        rows = table[~np.isnan(table[column])]
+        axes.plot(rows["step"], rows[column], label=column)
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend()
+    axes.figure.savefig(path, dpi=120)
+
+
+@contextlib.contextmanager
+def signals():
+    """A list that gets the first Ctrl-C or SIGTERM; a second one ends the run at once."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, command="train.py"):
+    """A run with the settings `given`, {name: value} of fields of Settings.
+
+    Returns the last checkpoint that it wrote; in processes other than the first a part of that.
+    layer, layer_arguments: what stands in the model's blocks, as FMem takes it. task: a class like
+    Text, called with the Settings. command: the program's name, for its hints. Raises ValueError or
+    OSError, one line, for what the user can mend.
+    """
+    torch.set_flush_denormal(True)  # before the first threads: denormal decays are slow on a CPU
+    device, why_device = pick_device(given.get("device", "auto"))
+    processes = Processes(device, given.get("fsdp", False))
+    first = processes.first
+    say = processes.say
+    out = Path(settle(given, {}, device).out)
+    if first and given.get("resume") and not (out / "last.pt").exists():
+        raise OptionError(f"--resume: there is no {out / 'last.pt'}; without --resume a run starts")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock", timeout=0) if first else contextlib.nullcontext()
+    with lock, signals() as received:
+        # The run to go on with, if there is one.
+        saved = None
+        weights = {}
+        moments = {}
+        names = re.compile(r"(last|best|step-\d+)\.pt")
+        runs = [path for path in out.glob("*.pt") if names.fullmatch(path.name)]
+        if first and given.get("resume"):
+            model, saved = load(out / "last.pt")
+            if "optimizer" not in saved:
+                raise ValueError(f"{out / 'last.pt'} has weights alone: it cannot be resumed")
+            weights = model.state_dict()
+            moments = saved.pop("optimizer")
+        elif first and runs and not given.get("overwrite"):
+            raise OptionError(f"{runs[0]} is of another run; --resume, --overwrite, or --out DIR")
+        saved = processes.share(saved)
+        settings = settle(given, saved["settings"] if saved else {}, device)
+        state = State(**{f.name: saved[f.name] for f in fields(State)}) if saved else State()
+
+        # The data, the model, the optimiser.
+        local, rest = divmod(settings.batch_size, processes.world)  # windows of this process
+        if rest:
+            raise OptionError(f"--batch_size must be divisible by {processes.world}, the processes")
+        micro = min(settings.micro_batch or local, local)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        dtype, why_dtype = pick_dtype(settings.dtype, device)
+        autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == torch.bfloat16)
+        if first:
+            task = task(settings)  # makes the default corpus, for which the others wait
+        processes.share()
+        if not first:
+            task = task(settings)
+        torch.manual_seed(settings.seed)
+        model = FMem(model_config(settings, task.vocab_size), layer, layer_arguments)
+        about = {
+            "format": FORMAT,
+            "config": asdict(model.config),
+            "layer": model.layer_name,
+            "layer_arguments": model.layer_arguments,
+            "tokenizer": task.tokenizer,
+            "corpus": task.corpus,
+            "settings": {k: v for k, v in asdict(settings).items() if k not in MACHINE},
+        }
+        if saved:
+            check_same_run(about, saved, given)
+        net = processes.place(model, settings.compile)
+        optimizer = make_optimizer(model, settings, device)
+        if saved:
+            processes.restore(model, optimizer, weights, moments)
+        say(f"device    {device} ({why_device}), {torch.get_num_threads()} threads")
+        say(f"dtype     {str(dtype)[6:]} ({why_dtype})")
+        say(f"data      {task.about}")
+        say(f"settings  {' '.join(f'{k}={v}' for k, v in asdict(settings).items())}")
+        say(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
+        if saved:
+            say(f"resumed   after step {state.step}")
+
+        # The folder.
+        columns = ("step", "tokens", "train_loss", "lr", "grad_norm", "skipped", "val_loss")
+        columns = (*columns, *task.columns, "seconds")
+        if first:
+            for path in [*runs, out / "log.csv"] if settings.overwrite else []:
+                path.unlink(missing_ok=True)
+            state.log = start_log(out / "log.csv", state.log, columns)
+
+        def write_row(**row):
+            row |= {"step": state.step, "tokens": state.windows * settings.context}
+            row["seconds"] = f"{state.seconds:.1f}"
+            line = ",".join(str(row.get(column, "")) for column in columns) + "\n"
+            state.log += line
+            if first:
+                with open(out / "log.csv", "ab") as file:
+                    file.write(line.encode())
+
+        def validate(name, limit):
+            model.eval()
+            loss, words, row = task.validate(model, limit, micro, processes, autocast)
+            model.train()
+            say(f"{name:9s} step {state.step}: {words}")
+            write_row(val_loss=loss, **row)
+            return loss
+
+        # The training.
+        begun = time.perf_counter() - state.seconds
+        done, limit = progress(settings, state)
+        whole = None
+        in_a_row = 0  # steps that were not finite
+        stopped = failed = False
+        while done < 1 and not stopped and not failed:
+            lr = learning_rate(settings, state.step, done)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            seeds = np.random.SeedSequence([settings.seed, state.step, processes.rank])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))  # of dropout
+            windows = task.windows(state.windows + processes.rank * local, local)
+            targets = task.targets(windows)
+
+            # The gradient of the mean over the targets that count, those of all processes together.
+            count = max(processes.sum((targets != -100).sum().item())[0], 1)
+            nats = torch.zeros((), device=device)
+            for i in range(0, local, micro):
+                net.require_backward_grad_sync = i + micro >= local  # DDP: once, with the last
+                with autocast():
+                    logits, _ = net(windows[i : i + micro, :-1].to(device))
+                wanted = targets[i : i + micro].flatten().to(device)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum")
+                (loss * processes.world / count).backward()  # the exchange divides by world
+                nats += loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            norm = (norm.full_tensor() if processes.fsdp else norm).item()
+            loss = processes.sum(nats.item())[0] / count
+
+            # The step. If anything is not finite it is not taken: nothing of it reaches a weight.
+            if math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step()
+                state.losses.append(loss)
+                in_a_row = 0
+            else:
+                say(f"skipped   step {state.step + 1}: loss {loss:.4g}, gradient {norm:.4g}")
+                state.skipped += 1
+                in_a_row += 1
             optimizer.zero_grad(set_to_none=True)
-            run.end_step(loss / processes.world, norm, taken=finite)
-        run.save_at_end()
-    return run.finish()
+            state.step += 1
+            state.windows += settings.batch_size
+            state.seconds = time.perf_counter() - begun
+            failed = in_a_row == settings.max_skipped
+            done, limit = progress(settings, state)
+            done, stopped = processes.sum(done if first else 0, len(received))
+
+            # What is due after it: a log line, an evaluation, checkpoints.
+            if state.losses and (state.step % settings.log_every == 0 or done >= 1):
+                loss = sum(state.losses) / len(state.losses)
+                state.losses.clear()
+                speed = state.windows * settings.context / state.seconds
+                left = timedelta(seconds=round(state.seconds * (1 - done) / done))
+                say(
+                    f"step {state.step}/{settings.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
+                    f"grad {norm:.2f} | {speed:,.0f} tokens/s | {left} left"
+                )
+                write_row(train_loss=loss, lr=lr, grad_norm=norm, skipped=state.skipped)
+            due = state.step % settings.eval_every == 0 or done >= 1
+            keep = settings.keep_every and state.step % settings.keep_every == 0
+            better = False
+            if due:
+                state.val_loss = validate("eval", settings.eval_tokens)
+                better = state.val_loss < state.best
+                state.best = min(state.best, state.val_loss)
+            if due or keep or stopped or failed:
+                weights, moments = processes.gather(model, optimizer)
+                best = {**about, "model": weights, "step": state.step, "val_loss": state.val_loss}
+                whole = {**best, "optimizer": moments, **asdict(state)}
+                if first and keep:
+                    save(whole, out / f"step-{state.step}.pt")
+                if first and better:
+                    save(best, out / "best.pt")
+                if first:  # the last of them: after a kill before it, the others are written again
+                    save(whole, out / "last.pt")
+
+        # The end.
+        again = f"python {command} --resume --out {shlex.quote(str(out))}"
+        if failed:
+            again += f" --lr {settings.lr / 3:.1g}"
+            raise ValueError(f"{in_a_row} steps in a row were not finite; from before: {again}")
+        with contextlib.suppress(ImportError, OSError):  # a picture never ends a run
+            if first:
+                draw(state.log, out / "loss.png")
+        if stopped:
+            say(f"stopped   after step {state.step}, saved; {again} goes on")
+        else:
+            validate("final", None)
+            if first and task.tokenizer and not processes.fsdp:
+                say(f"sample    {sample_text(model, task.tokenizer, settings.sample_tokens)}")
+            reached = f"--{limit} {getattr(settings, limit)}"
+            say(f"done      {state.step} steps: {reached} is reached; {again} --{limit} N goes on")
+            say(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
+        processes.leave()
+        return whole
+
+
+def sample_text(model, tokenizer, count):
+    """A text of `count` tokens that the model writes."""
+    encoding = load_tokenizer(tokenizer)
+    pieces = token_bytes(encoding)
+    prompt = torch.tensor([[encoding.eot_token]], device=model.embed.weight.device)
+    torch.manual_seed(0)
+    tokens = model.eval().generate(prompt, count, temperature=0.8, top_p=0.95)
+    return b"".join(pieces[token.item()] for token in tokens).decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def one_line_errors(program, debug=False):
+    """End the program with a line for what the user can mend: exit code 2 for an option, else 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: interrupted; what was saved before stays")
+    except Exception as error:
+        message = one_line(error)
+        network = "gloo" in message or isinstance(error, dist.DistError)
+        if debug:
+            raise
+        if isinstance(error, Timeout):
+            message = "another run is writing into this folder; --out takes another"
+        elif isinstance(error, MemoryError) or "allocate" in message or "out of memory" in message:
+            message = f"out of memory ({message}); try --micro_batch 1, --recompute, less --context"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            message = f"torch.compile fails here ({message}); leave --compile out"
+        elif network:
+            message = f"another process of this run has ended ({message}); --resume goes on"
+        elif not isinstance(error, ValueError | OSError):
+            raise
+        print(f"{program}: error: {printable(message)}", file=sys.stderr, flush=True)
+        if network:
+            os._exit(1)  # without destructors, which would wait for the process that has ended
+        sys.exit(2 if isinstance(error, OptionError) else 1)
 
 
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # a console that cannot show a character must not end a run
-    given = parse(argv)
-    try:
+        sys.stdout.reconfigure(errors="replace")  # what a console cannot show must not end a run
+    parser = Parser(prog="train.py", description="Train a Factorization Memory language model.")
+    given = vars(parser.parse_args(argv))
+    with one_line_errors(parser.prog, given.get("debug")):
         train(given)
-    except (ValueError, OSError) as e:
-        sys.exit(f"train.py: error: {one_line(e)}")
-    except (MemoryError, RuntimeError) as e:
-        if dist.is_available() and dist.is_initialized() and re.search("gloo|nccl|peer|socket", str(e), re.IGNORECASE):
-            end_at_once(f"another process of this run has ended ({str(e).strip().splitlines()[-1][:200]}); --resume continues "
-                        f"from the last checkpoint, with any number of processes that divides --batch_size")
-        if not out_of_memory(e):
-            raise
-        why = (str(e).strip() or "Python has no more").splitlines()[0]
-        sys.exit(f"train.py: error: out of memory ({why}); try a smaller --micro_batch, --context or model")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; what was saved before stays")
 
 
 if __name__ == "__main__":

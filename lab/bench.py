@@ -1,12 +1,12 @@
 """Speed, as ratios measured in one process: python -m lab.bench scan [--device cuda]
 
-    scan        the recurrence alone: the definition and the chunked form; on a GPU also without the
-                kernel, and under torch.compile
+    scan        the memory alone, forward and backward: the definition and the chunked form; on a
+                GPU also without the kernel, and under torch.compile
     train       forward and backward of 4,096 tokens, by context, for the memory and its rivals
     generate    one more token, by the length of the context, and the bytes of the state
 
-What is compared takes turns in one process, and the median of the turns is taken: a machine that
-is busy for a while slows all of them alike. Before anything is timed, every form of the scan is
+What is compared takes turns in one process, and the median of the turns is taken, so that a machine
+that is busy for a while slows all alike. Before anything is timed, every form of the scan is
 compared with the definition, gradients included. Each measurement is a line of JSON in --out.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 import fmem
-from data.tokenizer import one_line, printable
 from lab.layers import Attention, ExtendedMemory, Mamba2, matched_d_mlp
+from train import one_line_errors
 
 MODELS = {
     "paper": (fmem.FactorizationMemory, {}),
@@ -34,9 +33,12 @@ MODELS = {
     "transformer+conv": (Attention, {"conv": 4}),
     "mamba2": (Mamba2, {}),
 }
-VOCAB_SIZE = 1025
+SCANS = [(8, T, 64, 256) for T in (256, 1024, 4096)]  # B, T, m, d
+SHAPE = {"d_model": 256, "n_layer": 4, "n_rows": 64, "k_rows": 16}  # of the models
 TOKENS = 4096  # of a training step
-WITHOUT_KERNEL = mock.patch.object(fmem, "kernel", None)  # wraps a function
+TRAIN_CONTEXTS = (256, 512, 1024, 2048, 4096)
+GENERATE_CONTEXTS = (1024, 4096, 16384, 65536, 131072)
+TURNS = {"scan": 7, "train": 7, "generate": 50}
 
 
 def processor():
@@ -50,37 +52,26 @@ def processor():
 
 
 def alternate(functions, turns, device):
-    """Calls the functions {name: f} in turn -> {name: median seconds}, {name: peak bytes}.
-
-    The first turn does not count. Peak bytes: on CUDA, beyond those there were before.
-    """
+    """Calls the functions {name: f} in turn -> {name: median seconds}. The first turn warms up."""
     seconds = {name: [] for name in functions}
-    peak = {}
     for turn in range(turns + 1):
         for name, function in functions.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
             start = time.perf_counter()
             function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-                peak[name] = torch.cuda.max_memory_allocated() - before
             if turn > 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: round(statistics.median(times), 7) for name, times in seconds.items()}, peak
+    return {name: round(statistics.median(times), 7) for name, times in seconds.items()}
 
 
 def measure(functions, beside, device, args, **about):
     """Time the functions, print them beside the one of that name, and write a line of JSON."""
-    turns = 2 if args.quick else 50 if args.bench == "generate" else 7
-    seconds, peak = alternate(functions, turns, device)
+    seconds = alternate(functions, TURNS[args.bench], device)
     print(args.bench, about, flush=True)
     for name, value in seconds.items():
-        memory = f"{peak[name] / 2**20:10,.0f} MiB" if name in peak else ""
-        print(f"    {name:28}{value / seconds[beside]:8.2f}{1e3 * value:12.3f} ms{memory}")
-    line = {"bench": args.bench, **about, "seconds": seconds, "peak_bytes": peak}
+        print(f"    {name:28}{value / seconds[beside]:8.2f}{1e3 * value:12.3f} ms")
+    line = {"bench": args.bench, **about, "seconds": seconds}
     line["device"] = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     line |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     line["date"] = time.strftime("%Y-%m-%d")
@@ -99,22 +90,17 @@ def scan_arguments(B, T, m, d, device):
     return [v.to(device).requires_grad_() for v in (theta, phi, xbar)]
 
 
-@torch.no_grad()
-def forward(scan, arguments):
-    return scan(*arguments)[0]
-
-
 def forward_backward(scan, arguments):
-    """The read, and the gradients of all arguments."""
+    """What is read, and the gradients of all arguments."""
     y = scan(*arguments)[0]
     return [y.detach(), *torch.autograd.grad(y.sum(), arguments)]
 
 
 def scan_forms(device):
-    """{name: a scan}. Raises ValueError if one of them is not the definition."""
+    """{name: a scan}. Raises ValueError if one of them does not compute what the loop does."""
     forms = {"loop": fmem.scan_loop, "chunked": fmem.scan_chunked}
     if device.type == "cuda":
-        forms["chunked, no kernel"] = WITHOUT_KERNEL(fmem.scan_chunked)
+        forms["chunked, no kernel"] = mock.patch.object(fmem, "kernel", None)(fmem.scan_chunked)
         forms["chunked, compiled"] = torch.compile(fmem.scan_chunked)
     arguments = scan_arguments(2, 100, 16, 32, device)
     expected = forward_backward(fmem.scan_loop, arguments)
@@ -128,24 +114,22 @@ def scan_forms(device):
 
 def bench_scan(device, args):
     forms = scan_forms(device)
-    for B, T, m, d in (
-        [(2, 64, 8, 32)] if args.quick else [(8, T, 64, 256) for T in (256, 1024, 4096)]
-    ):
+    for B, T, m, d in SCANS:
         arguments = scan_arguments(B, T, m, d, device)
         if B * T * m * d > 2**28:  # for the gradient the loop keeps several times that
             forms.pop("loop", None)
-        for run in (forward, forward_backward):
-            runs = {name: partial(run, scan, arguments) for name, scan in forms.items()}
-            measure(runs, "chunked", device, args, B=B, T=T, m=m, d=d, direction=run.__name__)
+        runs = {name: partial(forward_backward, scan, arguments) for name, scan in forms.items()}
+        measure(runs, "chunked", device, args, B=B, T=T, m=m, d=d)
 
 
-def make_model(name, d_model, n_layer, device):
-    """A model of MODELS with as many parameters as the paper's of that width."""
-    layer, arguments = MODELS[name]
-    shape = {"vocab_size": VOCAB_SIZE, "d_model": d_model, "n_layer": n_layer}
-    shape |= {"n_rows": d_model // 4, "k_rows": d_model // 16}
-    d_mlp = matched_d_mlp(fmem.FMemConfig(**shape), layer, arguments)
-    return fmem.FMem(fmem.FMemConfig(**shape, d_mlp=d_mlp), layer, arguments).to(device)
+def make_models(device):
+    """{name: a model of MODELS}, all with as many parameters as the paper's."""
+    models = {}
+    for name, (layer, arguments) in MODELS.items():
+        d_mlp = matched_d_mlp(fmem.FMemConfig(**SHAPE), layer, arguments)
+        config = fmem.FMemConfig(**SHAPE, d_mlp=d_mlp)
+        models[name] = fmem.FMem(config, layer, arguments).to(device)
+    return models
 
 
 def training_step(model, tokens):
@@ -158,23 +142,18 @@ def training_step(model, tokens):
 
 def bench_train(device, args):
     scan_forms(device)
-    d_model, n_layer = (64, 1) if args.quick else (256, 4)
-    models = {name: make_model(name, d_model, n_layer, device) for name in MODELS}
-    for T in (64,) if args.quick else (256, 512, 1024, 2048, 4096):
-        tokens = torch.randint(VOCAB_SIZE, (1 if args.quick else TOKENS // T, T + 1), device=device)
+    models = make_models(device)
+    for T in TRAIN_CONTEXTS:
+        tokens = torch.randint(1000, (TOKENS // T, T + 1), device=device)
         runs = {name: partial(training_step, model, tokens) for name, model in models.items()}
         if device.type == "cuda":
-            runs["paper, no kernel"] = WITHOUT_KERNEL(runs["paper"])
             for name, model in models.items():
                 runs[f"{name}, compiled"] = partial(training_step, torch.compile(model), tokens)
-        measure(runs, "transformer", device, args, T=T, d_model=d_model, n_layer=n_layer)
+        measure(runs, "transformer", device, args, context=T, **SHAPE)
 
 
 def state_after(model, context, device):
-    """A state as after `context` tokens of a sequence, whose size and cost are those of any text.
-
-    Attention's cache is filled with noise.
-    """
+    """A state with the size and cost of one after `context` tokens; attention's cache is noise."""
     _, state = model(torch.zeros(1, device=device, dtype=torch.long))
     if model.layer_name != "Attention":
         return state
@@ -202,9 +181,8 @@ def stepper(model, state, device):
 
 @torch.inference_mode()
 def bench_generate(device, args):
-    d_model, n_layer = (64, 1) if args.quick else (128, 5)
-    models = {name: make_model(name, d_model, n_layer, device) for name in MODELS}
-    for context in (64, 128) if args.quick else (1024, 4096, 16384, 65536, 131072):
+    models = make_models(device)
+    for context in GENERATE_CONTEXTS:
         runs = {}
         sizes = {}
         for name, model in models.items():
@@ -214,8 +192,7 @@ def bench_generate(device, args):
             if device.type == "cuda":
                 state = state_after(model, context, device)
                 runs[f"{name}, compiled"] = stepper(torch.compile(model), state, device)
-        about = {"context": context, "d_model": d_model, "n_layer": n_layer, "state_bytes": sizes}
-        measure(runs, "paper", device, args, **about)
+        measure(runs, "paper", device, args, context=context, **SHAPE, state_bytes=sizes)
 
 
 BENCHES = {"scan": bench_scan, "train": bench_train, "generate": bench_generate}
@@ -224,17 +201,15 @@ BENCHES = {"scan": bench_scan, "train": bench_train, "generate": bench_generate}
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m lab.bench", description="Measure speed.")
     parser.add_argument("bench", choices=BENCHES)
-    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", default="bench.jsonl", help="file to append to (bench.jsonl)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it works")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no GPU for --device cuda")
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    try:
+    with one_line_errors("lab.bench"):
         BENCHES[args.bench](torch.device(args.device), args)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        sys.exit(f"lab.bench: error: {one_line(error)}")
-    print(printable(f"written to {args.out}"))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
     python -m lab.experiments --list    # every run, and whether its result is there
     python -m lab.experiments short     # runs what is missing of this group; without names, of all
-    python -m lab.results               # writes the page
 
-A run is a command that can be typed by hand. It has one thread. What it finds becomes a line of
-lab/results/runs.jsonl, its checkpoints are in out-experiments/. A run that was stopped is resumed.
+A run is a command that can be typed by hand; it gets one thread. Its result becomes a line of
+lab/results/runs.jsonl, its checkpoints are in out-experiments/. A run that was stopped starts over.
 """
 
 import argparse
@@ -17,13 +16,12 @@ import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from data.tokenizer import one_line, printable
+from data.tokenizer import printable
 from lab.bench import processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,11 +34,11 @@ class Group(NamedTuple):
 
     command: str
     models: dict
-    rates: tuple | str  # or the group of which the rate with the lowest loss is taken
+    rates: tuple | str  # or the group of which each model takes its best rate
     seeds: tuple
 
 
-# A million parameters, 3.6 and 0.5 million, 0.1 million. A step has 2,048 tokens everywhere.
+# A million parameters; LARGE has 3.6, SMALL 0.5, RECALL 0.1 million. A step has 2,048 tokens.
 TRAIN = "python -m lab.train --sample_tokens 0"
 LANGUAGE = f"{TRAIN} --n_layer 5 --d_model 128 --n_rows 32 --k_rows 8 --context 256 --batch_size 8"
 SHORT = f"{LANGUAGE} --max_steps 500 --eval_every 100"
@@ -101,7 +99,7 @@ GROUPS = {
     "tinyshakespeare": Group(TINY, LIMITS, ("4e-3",), SEEDS),
 }
 
-# Evaluations of the last checkpoints of a group: its name, the options.
+# The group whose last checkpoints are evaluated, and the options of lab.evaluate.
 EVALUATIONS = {
     "long": ("short", "--long --times 128 --tokens 65536"),
     "routing": ("short", "--routing --tokens 65536"),
@@ -118,76 +116,58 @@ def read_runs():
 
 
 def best_rate(done, sweep, model):
-    """The rate with the lowest loss in the sweep; None as long as it is not whole."""
+    """The rate with the lowest loss in the sweep, as a tuple: empty while runs are missing."""
     group = GROUPS[sweep]
     names = {rate: f"{sweep}/{model}_{rate}_{group.seeds[0]}" for rate in group.rates}
     if not all(name in done for name in names.values()):
-        return None
-    return min(names, key=lambda rate: done[names[rate]]["result"]["nats"])
+        return ()
+    return (min(names, key=lambda rate: done[names[rate]]["result"]["nats"]),)
 
 
 def runs_of(name, done):
-    """{name of a run: command} of a group; without the models whose rate is not known yet."""
-    if name in EVALUATIONS:
-        of, options = EVALUATIONS[name]
-        evaluate = "python -m lab.evaluate"
-        return {
-            run.replace(of, name, 1): f"{evaluate} {OUT}/{run}/last.pt {options}"
-            for run in runs_of(of, done)
-        }
-    group = GROUPS[name]
+    """{name of a run: command} of a group, without the models whose best rate is not known yet."""
     runs = {}
+    if name in EVALUATIONS:
+        trained, options = EVALUATIONS[name]
+        for run_name in runs_of(trained, done):
+            command = f"python -m lab.evaluate {OUT}/{run_name}/last.pt {options}"
+            runs[run_name.replace(trained, name, 1)] = command
+        return runs
+    group = GROUPS[name]
     for model, options in group.models.items():
         rates = group.rates
         if isinstance(rates, str):
-            rate = best_rate(done, rates, model)
-            rates = () if rate is None else (rate,)
-        for rate in rates:
-            for seed in group.seeds:
-                command = f"{group.command} {options} --lr {rate} --seed {seed}"
-                runs[f"{name}/{model}_{rate}_{seed}"] = " ".join(command.split())
+            rates = best_rate(done, rates, model)
+        for rate, seed in itertools.product(rates, group.seeds):
+            command = f"{group.command} {options} --lr {rate} --seed {seed}"
+            runs[f"{name}/{model}_{rate}_{seed}"] = " ".join(command.split())
     return runs
 
 
-def thinned(points, most=50):
-    """At most so many points of a curve, evenly, the first and the last among them."""
-    if len(points) <= most:
-        return points
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
-
-
 def read_log(folder, printed):
-    """What a training run found: from its log.csv, and the number of parameters as printed."""
+    """The result of a training run: from its log.csv, and the number of parameters as printed."""
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    train = [[int(row["step"]), float(row["train_loss"])] for row in rows if row["train_loss"]]
     validation = [[int(row["step"]), float(row["val_loss"])] for row in rows if row["val_loss"]]
     parameters = next(line for line in printed.splitlines() if line.startswith("model "))
     result = {
         "parameters": int(parameters.split()[1].replace(",", "")),
         "tokens": int(rows[-1]["tokens"]),
-        "train": thinned(train),
-        "validation": thinned(validation[:-1]),  # of a part of the text
+        "validation": validation[:-1],  # of a part of the text
         "nats": validation[-1][1],  # of all of it
     }
-    for name, column in (("bits_per_byte", "val_bpb"), ("right", "val_accuracy")):
-        if rows[-1].get(column):
-            result[name] = float(rows[-1][column])
+    if rows[-1].get("val_bpb"):
+        result["bits_per_byte"] = float(rows[-1]["val_bpb"])
     return result
 
 
 def run(name, command):
-    """Run it on one thread -> its line. Raises RuntimeError with the last line that it printed."""
+    """Run a command -> its line of runs.jsonl. Raises RuntimeError with the last line printed."""
     words = [sys.executable, *command.split()[1:]]
     folder = ROOT / OUT / name
     trains = "lab.evaluate" not in words
     if trains:
-        begun = folder.with_name(f"{folder.name}.command")  # the command whose run the folder has
-        begun.parent.mkdir(parents=True, exist_ok=True)
-        same = begun.is_file() and begun.read_text(encoding="utf-8") == command
-        begun.write_text(command, encoding="utf-8")
-        resumes = same and (folder / "last.pt").is_file()
-        words += ["--out", str(folder), "--resume" if resumes else "--overwrite"]
+        words += ["--out", str(folder), "--overwrite"]
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -201,52 +181,31 @@ def run(name, command):
     return {**line, "results": [json.loads(text) for text in ran.stdout.splitlines()]}
 
 
-def run_group(name, jobs):
-    """Run what is missing of a group, so many at a time. Returns how many failed."""
-    done = read_runs()
-    missing = {}
-    for run_name, command in runs_of(name, done).items():
-        if done.get(run_name, {}).get("command") != command:
-            missing[run_name] = command
-    failed = 0
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run, *item): item[0] for item in missing.items()}
-        for future in as_completed(futures):
-            try:
-                line = future.result()
-            except (RuntimeError, OSError, ValueError) as error:
-                failed += 1
-                print(printable(f"FAILED {futures[future]}: {one_line(error)}"), flush=True)
-                continue
-            with open(RUNS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            nats = line.get("result", {}).get("nats", "")
-            print(f"{line['seconds']:7} s  {line['name']}  {nats}", flush=True)
-    return failed
-
-
 def main(argv=None):
     names = [*GROUPS, *EVALUATIONS]
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.experiments", description="Run the experiments of docs/results.md."
-    )
+    parser = argparse.ArgumentParser(prog="lab.experiments", description="Run experiments.")
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(names))
     parser.add_argument("--list", action="store_true", help="only print what there is to run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     args = parser.parse_args(argv)
-    groups = args.groups or names
-    if unknown := [name for name in groups if name not in names]:
-        parser.error(f"there is no group {printable(unknown[0])}; --help has their names")
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, not {args.jobs}")
-    if args.list:
+    if unknown := [name for name in args.groups if name not in names]:
+        parser.error(f"there is no group {unknown[0]!r}; --help has their names")
+    failed = 0
+    for group in args.groups or names:
         done = read_runs()
-        for name in groups:
-            for run_name, command in runs_of(name, done).items():
-                there = done.get(run_name, {}).get("command") == command
-                print(f"{'done' if there else 'missing':8}{run_name:40}{command}")
-        return
-    failed = sum(run_group(name, args.jobs) for name in groups)
+        for name, command in runs_of(group, done).items():
+            there = done.get(name, {}).get("command") == command
+            if args.list:
+                print(f"{'done' if there else 'missing':8}{name:40}{command}")
+            elif not there:
+                try:
+                    line = run(name, command)
+                except RuntimeError as error:
+                    failed += 1
+                    print(printable(f"FAILED {name}: {error}"), flush=True)
+                    continue
+                with open(RUNS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"{line['seconds']:7} s  {name}", flush=True)
     if failed:
         sys.exit(f"lab.experiments: {failed} failed; the same command runs them again")
 

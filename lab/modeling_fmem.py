@@ -22,28 +22,22 @@ if TYPE_CHECKING:  # transformers brings along the files named here; fmem.py imp
 
 LAYERS = {"FactorizationMemory": FactorizationMemory, "ExtendedMemory": ExtendedMemory}
 
-# Versions before 5.24 call what is kept between calls past_key_values, later ones cache. Under any
-# other name it would be lost, and each new token be read into an empty memory.
+# The output that generate hands back to the next call: versions before 5.24 name it
+# past_key_values. Under another name each new token would be read into an empty memory.
 OUTPUTS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
-STATE = next((name for name in ("cache", "past_key_values") if name in OUTPUTS), None)
-if STATE is None:
-    raise ImportError("this version of transformers has no output for the state of the memory")
+STATE = "cache" if "cache" in OUTPUTS else "past_key_values"
 
 
 class FMemHFConfig(PreTrainedConfig):
-    """model: the fields of FMemConfig; layer: the class in each block, with its arguments.
-
-    The names that other tools look for are worked out from them.
-    """
+    """model: the fields of FMemConfig; layer: the class in each block, with its arguments."""
 
     model_type = "fmem"
 
     def __init__(self, model=None, layer="FactorizationMemory", layer_arguments=None, **kwargs):
-        if layer not in LAYERS:
-            raise ValueError(f"layer must be one of {', '.join(LAYERS)}, not {layer!r}")
         self.model = dataclasses.asdict(FMemConfig(**(model or {})))
         self.layer = layer
         self.layer_arguments = layer_arguments or {}
+        # The names under which other tools look for them.
         self.vocab_size = self.model["vocab_size"]
         self.hidden_size = self.model["d_model"]
         self.num_hidden_layers = self.model["n_layer"]
@@ -52,10 +46,7 @@ class FMemHFConfig(PreTrainedConfig):
 
 
 class State:
-    """What the model keeps of a batch of sequences. Each call that gets it changes it.
-
-    copy.deepcopy makes a second one, to continue the same sequences in two ways.
-    """
+    """The memory of a batch of sequences. A call that gets it changes it; copy.deepcopy first."""
 
     is_compileable = False
     is_croppable = False
@@ -81,6 +72,7 @@ def combine(states, function):
 class FMemForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = FMemHFConfig
     base_model_prefix = ""
+    _input_embed_layer = "embed"
     _is_stateful = True  # what was read cannot be taken back
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers reads the name)
     _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
@@ -98,14 +90,8 @@ class FMemForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls):
         return False
 
-    def get_input_embeddings(self):
-        return self.model.embed
-
     def get_output_embeddings(self):
         return self.model.head
-
-    def set_input_embeddings(self, value):
-        self.model.embed = value
 
     def set_output_embeddings(self, value):
         self.model.head = value
@@ -125,18 +111,16 @@ class FMemForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         """input_ids [B, T] -> logits [B, T, vocab_size], the state, and with labels the loss.
 
-        attention_mask [B, all tokens so far]: 0 for padding, which is not read into the memory if
-        it stands on the left and comes in the first call. Padding on the right changes no logits
-        before it. cache, or past_key_values: the State of an earlier call. labels [B, T]: -100
+        attention_mask [B, all tokens so far]: 0 for padding. On the left, in the first call, it is
+        not read into the memory; on the right it comes too late to change the logits of the text.
+        cache, or past_key_values: the State that an earlier call returned. labels [B, T]: -100
         where there is no loss. Raises ValueError for what it cannot do.
         """
-        names = [
+        asked = [
             name for name, value in unknown.items() if value is not None and value is not False
         ]
-        if names:
-            raise ValueError(f"FMemForCausalLM does not know the arguments {', '.join(names)}")
-        if cache is not None and past_key_values is not None:
-            raise ValueError("the state goes into cache or past_key_values, one of the two")
+        if asked:
+            raise ValueError(f"FMemForCausalLM does not know the arguments {', '.join(asked)}")
         state = past_key_values if cache is None else cache
         if state is not None and not isinstance(state, State):
             raise ValueError(f"the state must be one that this model returned, not {type(state)}")
@@ -147,10 +131,12 @@ class FMemForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.model.head(hidden[:, kept])
         loss = None
         if labels is not None:
-            sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits=logits, labels=labels, **sizes)
-        kept_state = {STATE: None if use_cache is False else state}
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **kept_state)
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits)
+        if use_cache is not False:
+            output[STATE] = state
         return output.to_tuple() if return_dict is False else output
 
     def read(self, input_ids, mask, state):
@@ -159,10 +145,8 @@ class FMemForCausalLM(PreTrainedModel, GenerationMixin):
         before = 0 if state is None else state.length
         if mask is not None:
             if mask.shape != (len(input_ids), before + T):
-                raise ValueError(
-                    f"attention_mask must be {[len(input_ids), before + T]}, a number for every "
-                    f"token so far, not {[*mask.shape]}"
-                )
+                expected = f"{[len(input_ids), before + T]}, a number for every token so far"
+                raise ValueError(f"attention_mask must be {expected}, not {[*mask.shape]}")
             mask = mask[:, before:].bool()
         if state is None:
             if mask is not None and not mask.all():
@@ -173,18 +157,15 @@ class FMemForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("padding was read after the tokens; texts to continue are padded left")
         if mask is not None and not mask.all():
             raise ValueError("padding after the first call would be read into the memory")
-        if T == 1 and not torch.is_grad_enabled():  # a step, which is faster
-            hidden, state.layers = self.model.hidden(input_ids[:, 0], state.layers)
-            hidden = hidden[:, None]
-        else:
-            hidden, state.layers = self.model.hidden(input_ids, state.layers)
+        steps = T == 1 and not torch.is_grad_enabled()  # faster
+        tokens = input_ids[:, 0] if steps else input_ids
+        hidden, state.layers = self.model.hidden(tokens, state.layers)
         state.length += T
-        return hidden, state
+        return hidden.view(len(input_ids), T, -1), state
 
     def read_padded(self, input_ids, mask):
-        """`read` at the start: sequences with the same padding on the left go together, without it.
-
-        The hidden state of that padding is zero.
+        """`read` at the start. Sequences with as much padding on the left are read together,
+        without it; their hidden states there are zero.
         """
         if not mask.any(1).all():
             raise ValueError("attention_mask has a sequence without a token")

@@ -1,22 +1,19 @@
-"""Fill the tables of docs/results.md from lab/results/*.jsonl, and draw its figures.
+"""Fill the tables of docs/results.md from lab/results/runs.jsonl, and draw its figure.
 
     python -m lab.results
 
-A table is what stands between a mark with its name and the end mark; the words around it are
-written by hand. A table without raw lines is left empty. Figures need matplotlib.
+A table stands between a mark with its name and the end mark; the words around it are written by
+hand. A table without raw lines is left empty. The figure needs matplotlib.
 """
 
-import json
 import re
 import statistics
-import sys
 from collections import defaultdict
 
-from data.tokenizer import one_line
 from lab.experiments import GROUPS, ROOT, SHAPES, read_runs
 
 PAGE = ROOT / "docs/results.md"
-BENCH = ROOT / "lab/results/bench.jsonl"
+FIGURE = ROOT / "docs/results-ten.png"
 NAMES = {
     "paper": "memory, as in the paper",
     "dense": "memory, dense",
@@ -26,7 +23,7 @@ NAMES = {
     "mamba2": "Mamba-2",
     "conv+gate,wide": "memory + conv + gate, wide",
 }
-MAIN = ("paper", "ours", "transformer", "transformer+conv", "mamba2")  # of the figures
+MAIN = ("paper", "ours", "transformer", "transformer+conv", "mamba2")  # in the figure
 
 
 def collect(done, group):
@@ -70,24 +67,6 @@ def table(heads, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def figure(name, text, xlabel, curves):
-    """Draw {label: (x, y)} to docs/results-NAME.png; returns the Markdown that shows it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    path = PAGE.with_name(f"results-{name}.png")
-    drawing, axes = pyplot.subplots(figsize=(6.5, 3.5))
-    for curve, (x, y) in curves.items():
-        axes.plot(x, y, "o-", markersize=3, label=curve)
-    axes.set(xlabel=xlabel, ylabel="nats per token", xscale="log")
-    axes.legend(fontsize=8)
-    drawing.savefig(path, dpi=80, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(drawing)
-    return f"![{text}]({path.name})"
-
-
 def language(done):
     rows = []
     for group in ("short", "extensions"):
@@ -114,43 +93,28 @@ def rates(done, group="rates"):
 
 def ten(done):
     rows = []
-    curves = {}
     for (model, rate), lines in collect(done, "ten").items():
         nats = values(lines, "nats")
-        first = next(iter(lines.values()))["result"]
-        losses = [loss for _, loss in first["validation"]]
+        losses = [loss for _, loss in next(iter(lines.values()))["result"]["validation"]]
         large = spread(values(collect(done, "large").get((model, rate), {}), "nats"))
         rise = f"{losses[-1] - min(losses):.3f}"
         row = [label(model), rate, len(lines), spread(nats), rise, large]
         rows.append((statistics.mean(nats), row))
-        if model in MAIN:
-            last_step = first["validation"][-1][0]
-            tokens = [step * first["tokens"] / last_step for step, _ in first["validation"]]
-            curves[label(model)] = (tokens, losses)
     heads = ["model", "rate", "seeds", "nats per token", "rise", "3.6 million parameters"]
-    found = table(heads, [row for _, row in sorted(rows)])
-    if not curves:
-        return found
-    text = "validation loss over ten million tokens"
-    return found + "\n\n" + figure("ten", text, "tokens (validation on a part of the text)", curves)
+    return table(heads, [row for _, row in sorted(rows)])
 
 
 def long(done):
+    """The loss in windows longer than those of the training, mean of the seeds."""
     rows = []
-    curves = {}
-    shown = (256, 512, 1024, 4096, 16384, 32768)
+    lengths = (256, 512, 1024, 4096, 16384, 32768)
     for (model, _), lines in collect(done, "long").items():
         losses = defaultdict(list)
         for line in lines.values():
             for result in line["results"]:
                 losses[result["length"]].append(result["at_end"])
-        means = {length: statistics.mean(column) for length, column in losses.items()}
-        curves[label(model)] = (list(means), list(means.values()))
-        rows.append([label(model), *(f"{means[n]:.3f}" if n in means else "" for n in shown)])
-    if not rows:
-        return ""
-    picture = figure("long", "loss by length of the window", "tokens of the window", curves)
-    return table(["model", *(f"{n:,}" for n in shown)], rows) + "\n\n" + picture
+        rows.append([label(model), *(f"{statistics.mean(losses[n]):.3f}" for n in lengths)])
+    return table(["model", *(f"{n:,}" for n in lengths)], rows)
 
 
 def rows_of_memory(done):
@@ -163,35 +127,36 @@ def rows_of_memory(done):
     return table(["m", "k", "paper's layer", "with a shared row"], rows)
 
 
-def shares(done, group, kind, key):
-    """Right answers in percent, by what makes the task hard; kind: the results that are meant."""
+def shares(done, group, key):
+    """Right answers in percent, by what makes the task hard: the field `key` of the results."""
     rows = []
     heads = []
     for (model, rate), lines in collect(done, group).items():
-        found = defaultdict(list)
+        right = defaultdict(list)
         for line in lines.values():
             for result in line["results"]:
-                if result["result"] == kind:
-                    found[result[key]].append(100 * result["right"])
-        heads = [f"{hard:,}" for hard in found]
-        cells = [spread(numbers, 1) for numbers in found.values()]
+                if key in result:
+                    right[result[key]].append(100 * result["right"])
+        heads = [f"{hard:,}" for hard in right]
+        cells = [spread(numbers, 1) for numbers in right.values()]
         rows.append([label(model), rate, len(lines), *cells])
     return table(["model", "rate", "seeds", *heads], rows)
 
 
 def routing(done):
-    """What the rows do, layer by layer; the mean of the seeds, of the median rows the median."""
+    """What the rows do, layer by layer; the mean of the seeds, of the median row the median."""
     rows = []
     for (model, _), lines in collect(done, "routing").items():
-        layers = list(zip(*(line["results"] for line in lines.values()), strict=True))
-        used = [statistics.mean(result["rows_used"] for result in layer) for layer in layers]
-        touched = [
-            statistics.mean(result["rows_per_token"] for result in layer) for layer in layers
-        ]
-        fastest = [statistics.mean(result["half_life"][0] for result in layer) for layer in layers]
-        middle = [statistics.median(result["half_life"][2] for result in layer) for layer in layers]
-        cells = [" / ".join(f"{v:.1f}" for v in column) for column in (used, touched, fastest)]
-        rows.append([label(model), *cells, " / ".join(f"{v:,.0f}" for v in middle)])
+        cells = [[], [], [], []]
+        for layer in zip(*(line["results"] for line in lines.values()), strict=True):
+            used = statistics.mean(result["rows_used"] for result in layer)
+            touched = statistics.mean(result["rows_per_token"] for result in layer)
+            fastest = statistics.mean(result["half_life"][0] for result in layer)
+            middle = statistics.median(result["half_life"][2] for result in layer)
+            texts = [f"{used:.1f}", f"{touched:.1f}", f"{fastest:.1f}", f"{middle:,.0f}"]
+            for cell, text in zip(cells, texts, strict=True):
+                cell.append(text)
+        rows.append([label(model), *(" / ".join(cell) for cell in cells)])
     heads = ["model", "rows used", "by a token", "half-life, fastest row", "median row"]
     return table(heads, rows)
 
@@ -212,23 +177,6 @@ def default(done):
     return table(["command", "on", "bits per byte of each seed", "seconds"], rows)
 
 
-def speed(_):
-    """What lab.bench measured, the newest line of each shape and device; times as ratios."""
-    newest = {}
-    lines = BENCH.read_text(encoding="utf-8").splitlines() if BENCH.is_file() else []
-    for line in map(json.loads, lines):
-        shape = {k: v for k, v in line.items() if isinstance(v, int) and k != "threads"}
-        what = " ".join([line["bench"], line.get("direction", ""), json.dumps(shape)[1:-1]])
-        newest[line["device"], what.replace('"', "")] = line
-    rows = []
-    for (device, what), line in newest.items():
-        beside = next(iter(line["seconds"]))
-        milliseconds = 1e3 * line["seconds"][beside]
-        ratios = [f"{k} {v / line['seconds'][beside]:.2f}" for k, v in line["seconds"].items()]
-        rows.append([device, what, f"{beside} {milliseconds:.2f} ms", ", ".join(ratios)])
-    return table(["on", "what", "one", "times that"], rows)
-
-
 TABLES = {
     "language": language,
     "rates": rates,
@@ -236,33 +184,48 @@ TABLES = {
     "long": long,
     "rows": rows_of_memory,
     "recall-rates": lambda done: rates(done, "recall-rates"),
-    "recall": lambda done: shares(done, "recall-pairs", "recall", "pairs"),
-    "recall256": lambda done: shares(done, "recall256-pairs", "recall", "pairs"),
-    "passkey": lambda done: shares(done, "passkey-distances", "passkey", "distance"),
+    "recall": lambda done: shares(done, "recall-pairs", "pairs"),
+    "recall256": lambda done: shares(done, "recall256-pairs", "pairs"),
+    "passkey": lambda done: shares(done, "passkey-distances", "distance"),
     "routing": routing,
     "default": default,
-    "speed": speed,
 }
 
 
 def fill(text, done):
-    """The page with every table between its marks. Raises ValueError for an unknown name."""
+    """The page with every table between its marks."""
 
     def replace(match):
-        name = match[1]
-        if name not in TABLES:
-            raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
-        return f"<!-- {name} -->\n{TABLES[name](done)}\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]](done)}\n<!-- end -->"
 
     return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
+def draw(done):
+    """The validation losses over ten million tokens, first seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.5, 3.5))
+    for (model, _), lines in collect(done, "ten").items():
+        if model in MAIN:
+            result = next(iter(lines.values()))["result"]
+            steps, nats = zip(*result["validation"], strict=True)
+            tokens = [step * result["tokens"] / steps[-1] for step in steps]
+            axes.plot(tokens, nats, "o-", markersize=3, label=label(model))
+    axes.set(xlabel="tokens (validation on a part of the text)", ylabel="nats per token")
+    axes.set_xscale("log")
+    axes.legend(fontsize=8)
+    figure.savefig(FIGURE, dpi=80, bbox_inches="tight", metadata={"Software": None})
+
+
 def main():
-    try:
-        filled = fill(PAGE.read_text(encoding="utf-8"), read_runs())
-    except (ImportError, ValueError, OSError) as error:
-        sys.exit(f"lab.results: error: {one_line(error)}")
+    done = read_runs()
+    filled = fill(PAGE.read_text(encoding="utf-8"), done)
     PAGE.write_text(filled, encoding="utf-8", newline="\n")
+    draw(done)
 
 
 if __name__ == "__main__":

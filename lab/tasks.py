@@ -1,0 +1,165 @@
+"""Tasks of recall, generated window by window: `python -m lab.train --data mqar`, or passkey.
+
+    mqar      k1 v1 k2 v2 ... kn vn ? k7 v7 k2 v2 k7 v7 ...    associative recall of many queries
+              (Zoology, arXiv 2312.04927): n keys with random values, then any of the keys is asked
+              for at any time, so that values which have not come yet say nothing about the next
+    passkey   noise ... ! d1 d2 d3 d4 noise ... ? d1 d2 d3 d4  four random digits to be kept while
+              noise goes by
+
+Only the answers, which follow the "?", count: nothing else can be predicted.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from train import OptionError
+
+KEYS = 64  # tokens 0 ... 63: the keys, or the noise
+VALUES = 64  # tokens 64 ... 127: the values, of which the first ten are the digits
+DIGITS = 10
+PASSKEY_LENGTH = 4
+ASK = 128  # "?"
+HERE = 129  # "!"
+VOCAB_SIZE = 130
+
+LEAST_PAIRS = 4
+VALIDATION_WINDOWS = 256
+TOKENS_AT_ONCE = 2048  # that go through a model together in `score`
+
+
+def associative_recall(rng, length, pairs=None):
+    """A window of `length` tokens. pairs: keys with a value; None: 4, 8, 16 ..., each as often."""
+    most = min((length - 1) // 4, KEYS)
+    if pairs is None:
+        doublings = int(np.log2(most / LEAST_PAIRS))
+        pairs = LEAST_PAIRS * 2 ** rng.integers(doublings + 1)
+    if not 1 <= pairs <= most:
+        raise ValueError(f"{length - 1} tokens have room for 1 to {most} pairs, not {pairs}")
+    keys = rng.permutation(KEYS)[:pairs]
+    values = KEYS + rng.integers(VALUES, size=pairs)
+    table = np.stack([keys, values], 1)
+    asked = rng.integers(pairs, size=length // 2)
+    return np.concatenate([table.ravel(), [ASK], table[asked].ravel()])[:length]
+
+
+def passkey(rng, length, distance=None):
+    """A window of `length` tokens. distance: tokens of noise between passkey and question."""
+    most = length - 2 * PASSKEY_LENGTH - 2
+    if distance is None:
+        distance = rng.integers(most + 1)
+    if not 0 <= distance <= most:
+        raise ValueError(f"{length - 1} tokens have room for distances to {most}, not {distance}")
+    digits = KEYS + rng.integers(DIGITS, size=PASSKEY_LENGTH)
+    noise = rng.integers(KEYS, size=most)
+    before = noise[distance:]
+    between = noise[:distance]
+    return np.concatenate([before, [HERE], digits, between, [ASK], digits])
+
+
+def targets_of(windows):
+    """What is to be predicted, int64 [count, context]: the answers, and -100 elsewhere."""
+    after_question = (windows == ASK).cumsum(1)[:, :-1] > 0
+    tokens = windows[:, 1:]
+    is_value = (tokens >= KEYS) & (tokens < KEYS + VALUES)
+    return tokens.masked_fill(~(after_question & is_value), -100)
+
+
+@torch.no_grad()
+def score(model, windows, targets, device, autocast=contextlib.nullcontext):
+    """Nats of each target, float64 [count, length], and whether it is the likeliest token, bool.
+
+    windows [count, length + 1], each read from an empty state; targets [count, length], -100 for
+    those that do not count: they have 0 nats, and are not right. A long window goes through the
+    model in pieces, with the state between them, and needs no more memory than a short one.
+    """
+    count, length = targets.shape
+    batch = max(TOKENS_AT_ONCE // length, 1)
+    piece = TOKENS_AT_ONCE // batch
+    nats = torch.zeros(count, length, dtype=torch.float64)
+    right = torch.zeros(count, length, dtype=torch.bool)
+    for first in range(0, count, batch):
+        state = None
+        for start in range(0, length, piece):
+            part = slice(first, first + batch), slice(start, min(start + piece, length))
+            wanted = targets[part].to(device)
+            with autocast():
+                logits, state = model(windows[part].to(device), state)
+            logits = logits.float()
+            loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+            nats[part] = loss.view_as(wanted).double().cpu()
+            right[part] = (logits.argmax(-1) == wanted).cpu()
+    return nats, right
+
+
+class Recall:
+    """What train.train learns from: a task with the interface of train.Text."""
+
+    tokenizer = None
+    vocab_size = VOCAB_SIZE
+    columns = ("val_accuracy",)
+
+    def __init__(self, settings):
+        """Raises OptionError for a context that is too short."""
+        if settings.context < self.least_context:
+            raise OptionError(
+                f"--data {self.corpus} needs a --context of at least {self.least_context}, "
+                f"not {settings.context}"
+            )
+        self.length = settings.context + 1
+        self.seed = settings.seed
+        self.about = f"{self.corpus}, generated window by window"
+
+    def windows(self, first, count, hard=None, held_out=False):
+        """Windows first, first + 1, ..., each a function of the seed and its number alone.
+
+        Returns int64 [count, context + 1]. hard: what makes them hard, the generator's last
+        argument. held_out: others than those of any training.
+        """
+        windows = []
+        for number in range(first, first + count):
+            seed = [0, number, 1] if held_out else [self.seed, number, 0]
+            windows.append(self.generate(np.random.default_rng(seed), self.length, hard))
+        return torch.from_numpy(np.stack(windows).astype(np.int64))
+
+    def targets(self, windows):
+        return targets_of(windows)
+
+    def validate(self, model, limit, count, processes, autocast):
+        """Nats per answer over the same held-out windows each time, words and columns about it."""
+        n = VALIDATION_WINDOWS
+        if limit:
+            n = min(n, max(limit // (self.length - 1), 1))
+        total = np.zeros(3)
+        for start in range(0, n, count * processes.world):  # the processes take turns
+            first = start + count * processes.rank
+            windows = self.windows(first, count, held_out=True)
+            targets = self.targets(windows)
+            targets[max(n - first, 0) :] = -100  # what fills up the last turn does not count
+            with torch.no_grad(), autocast():
+                logits, _ = model(windows[:, :-1].to(processes.device))
+            logits = logits.float()
+            targets = targets.to(logits.device)
+            nats = F.cross_entropy(logits.mT, targets, reduction="sum")
+            right = logits.argmax(-1) == targets
+            total += nats.item(), right.sum().item(), (targets >= 0).sum().item()
+        nats, right, number = processes.sum(*total)
+        words = f"{nats / number:.4f} nats per answer, {right / number:.2%} right"
+        return nats / number, words, {"val_accuracy": right / number}
+
+
+class AssociativeRecall(Recall):
+    corpus = "mqar"
+    least_context = 4 * LEAST_PAIRS
+    generate = staticmethod(associative_recall)
+
+
+class Passkey(Recall):
+    corpus = "passkey"
+    least_context = 2 * PASSKEY_LENGTH + 1
+    generate = staticmethod(passkey)
+
+
+TASKS = {task.corpus: task for task in (AssociativeRecall, Passkey)}

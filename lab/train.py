@@ -1,0 +1,74 @@
+"""Train another layer, or on a task of recall: python -m lab.train --layer mamba2 --data mqar
+
+    python -m lab.train --layer attention --conv 4            # every layer can have a convolution
+    python -m lab.train --shared_row --shift --conv 4 --gate  # the memory with extensions of ours
+    python -m lab.train --data passkey --context 256          # the paper's layer
+
+It is train.py, with these options beside its own: the same settings, loop and files. Where --d_mlp
+is not given, the MLP is made narrower or wider until the model has as many parameters as the
+paper's with the same settings, so that what is compared is equally large.
+"""
+
+from pathlib import Path
+
+import fmem
+import train
+from fmem import FactorizationMemory
+from lab.layers import Attention, ExtendedMemory, Mamba2, matched_d_mlp
+from lab.tasks import TASKS
+
+LAYERS = {
+    "memory": (ExtendedMemory, ("conv", "gate", "shared_row", "shift")),
+    "attention": (Attention, ("conv", "n_head", "n_kv_head")),
+    "mamba2": (Mamba2, ("conv", "n_head", "d_state")),
+}
+
+
+def make_parser():
+    parser = train.Parser(prog="lab.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--layer", choices=LAYERS, help="what stands in the blocks [memory]")
+    parser.add_argument("--conv", type=int, help="width of a short convolution [mamba2: 4, else 0]")
+    parser.add_argument("--gate", action="store_true", help="memory: gate and norm for the read")
+    parser.add_argument("--shared_row", action="store_true", help="memory: a row for every token")
+    parser.add_argument("--shift", action="store_true", help="memory: shifted write")
+    parser.add_argument("--n_head", type=int, help="heads [attention: width 32, mamba2: 64]")
+    parser.add_argument("--n_kv_head", type=int, help="attention: of keys and values [n_head]")
+    parser.add_argument("--d_state", type=int, help="mamba2: numbers per channel [64]")
+    return parser
+
+
+def pick_layer(name, arguments):
+    """The class of a layer, and its arguments. Raises OptionError for one that it does not have."""
+    layer, known = LAYERS[name]
+    for argument in arguments.keys() - set(known):
+        raise train.OptionError(f"--{argument} is not an option of --layer {name}")
+    if layer is ExtendedMemory and not any(arguments.values()):
+        return FactorizationMemory, {}  # the paper's
+    return layer, arguments
+
+
+def main(argv=None):
+    given = vars(make_parser().parse_args(argv))
+    with train.one_line_errors("lab.train", given.pop("debug", False)):
+        names = {name for _, known in LAYERS.values() for name in known}
+        arguments = {name: given.pop(name) for name in names & given.keys()}
+        name = given.pop("layer", None)
+        data = given.get("data")
+        last = Path(given.get("out", train.Settings.out)) / "last.pt"
+        resumed = given.get("resume") and last.exists()
+        if resumed:
+            model, saved = fmem.load(last)
+            data = data or saved["settings"]["data"]
+        if resumed and name is None and not arguments:  # as the run was begun
+            layer, arguments = type(model.blocks[0].memory), model.layer_arguments
+        else:
+            layer, arguments = pick_layer(name or "memory", arguments)
+        if "d_mlp" not in given and not resumed:
+            device, _ = train.pick_device(given.get("device", "auto"))
+            config = train.model_config(train.settle(given, {}, device), vocab_size=1)
+            given["d_mlp"] = matched_d_mlp(config, layer, arguments)
+        train.train(given, layer, arguments, TASKS.get(data, train.Text), "-m lab.train")
+
+
+if __name__ == "__main__":
+    main()
