@@ -11,9 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
-WORDS = (
-    "the river of a king runs to sea and in it his ship was lost, so said she when I asked".split()
-)
+SENTENCE = "the river of a king runs to sea and in it his ship was lost, so said she when I asked"
 
 
 def pytest_addoption(parser):
@@ -34,9 +32,10 @@ def seeded():
 
 
 def words(count, seed):
-    """A text of so many words out of WORDS."""
+    """A text of so many words out of SENTENCE."""
     rng = random.Random(seed)
-    return " ".join(rng.choice(WORDS) + rng.choice(["", "", ",", ".\n"]) for _ in range(count))
+    choices = SENTENCE.split()
+    return " ".join(rng.choice(choices) + rng.choice(["", "", ",", ".\n"]) for _ in range(count))
 
 
 @pytest.fixture(scope="session")

@@ -4,58 +4,42 @@
                position in the window
     --long     the same text in windows of up to --times times the training length, with the state
                carried: does a longer past help, or hurt?
-    --recall   for models of the recall tasks: the share of right answers, by number of pairs and
-               by distance, that of a passkey up to --times times the training length
-    --routing  what the rows of the memory do: how many are used, how sharply, how long they hold
+    --recall   for models of the recall tasks: the share of right answers by number of pairs, or by
+               the distance of the passkey, up to --times times the training length
+    --routing  what the rows of the memory do: how many are used, and how long they hold
 
 Prints a line of JSON per result; the same checkpoint and options always give the same numbers on
 the same machine. All but --recall need the prepared data that the model was trained on.
 """
 
 import argparse
-import itertools
 import json
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import fmem
 from data import prepare
-from data.tokenizer import load_tokenizer, printable, token_bytes
-from lab.tasks import KEYS, PASSKEY_LENGTH, TASKS, score
+from data.tokenizer import load_tokenizer, token_bytes
+from lab.tasks import KEYS, LEAST_PAIRS, PASSKEY_LENGTH, TASKS, score
 from train import one_line_errors, pick_device
 
 
 def text_losses(model, tokens, length, device):
-    """Nats of each token but the first, in windows of `length`: float64 [n] for tokens [n + 1].
-
-    The last window may be shorter.
-    """
+    """Nats of each token but the first, in windows of `length`: float64 [n] for tokens [n + 1]."""
     n = len(tokens) - 1
-    whole = n // length * length
-    losses = []
-    for start, stop, size in ((0, whole, length), (whole, n, n - whole)):
-        if stop > start:
-            inputs = tokens[start:stop].view(-1, size)
-            targets = tokens[start + 1 : stop + 1].view(-1, size)
-            nats, _ = score(model, inputs, targets, device)
-            losses.append(nats.flatten())
-    return torch.cat(losses)
-
-
-def doubling_edges(last, first=8):
-    """0, 8, 16, 32, ... last: where the intervals end by which a loss is averaged."""
-    edges = [0]
-    while first < last:
-        edges.append(first)
-        first = 2 * first
-    return [*edges, last]
+    padded = F.pad(tokens, (0, -n % length), value=-100)  # what fills the last window is no target
+    inputs = padded[:-1].clamp_min(0).view(-1, length)
+    targets = padded[1:].view(-1, length)
+    nats, _ = score(model, inputs, targets, device)
+    return nats.flatten()[:n]
 
 
 def loss_by_position(model, tokens, context, n_bytes, device):
-    """The loss of the whole text, then that of intervals of positions in the window."""
+    """The loss of the whole text, then that of the positions 1 to 8, 9 to 16, 17 to 32, ..."""
     losses = text_losses(model, tokens, context, device)
     yield {
         "result": "loss",
@@ -66,9 +50,12 @@ def loss_by_position(model, tokens, context, n_bytes, device):
     }
     whole = len(losses) // context * context
     by_position = losses[:whole].view(-1, context).mean(0)
-    for start, stop in itertools.pairwise(doubling_edges(context)):
+    start = 0
+    while start < context:
+        stop = min(max(2 * start, 8), context)
         nats = by_position[start:stop].mean().item()
         yield {"result": "position", "from": start + 1, "to": stop, "nats": nats}
+        start = stop
 
 
 def loss_beyond(model, tokens, context, times, device):
@@ -77,8 +64,7 @@ def loss_beyond(model, tokens, context, times, device):
     mean is that of all tokens: what a text of this length has. at_end is the loss in the second
     half of the windows. Other positions are other tokens, some of them easier; so what is measured
     is how much the loss of the *same* tokens changes against windows of the training length, and
-    that is added to the loss there. stderr is that of the change, over stretches of a training
-    window. Raises ValueError for a text that is too short.
+    that is added to the loss there. Raises ValueError for a text that is too short.
     """
     lengths = [context * 2**i for i in range(int(math.log2(times)) + 1)]
     n = (len(tokens) - 1) // lengths[-1] * lengths[-1]
@@ -86,91 +72,56 @@ def loss_beyond(model, tokens, context, times, device):
         most = (len(tokens) - 1) // context
         raise ValueError(f"the text has {len(tokens):,} tokens; --times must be at most {most}")
     tokens = tokens[: n + 1]
-    at = torch.arange(n)
-    late = at % context >= context // 2
+    position = torch.arange(n)
+    late = position % context >= context // 2
     reference = text_losses(model, tokens, context, device)
     for length in lengths:
         losses = text_losses(model, tokens, length, device)
-        counts = late & (at % length >= length // 2)
-        change = torch.where(counts, losses - reference, 0.0).view(-1, context).sum(1)
-        weight = counts.view(-1, context).sum(1)
-        change = change[weight > 0] / weight[weight > 0]
-        stderr = (change.std() / len(change) ** 0.5).item() if len(change) > 1 else None
+        at_end = late & (position % length >= length // 2)
+        change = (losses - reference)[at_end].mean()
         yield {
             "result": "long",
             "length": length,
             "mean": losses.mean().item(),
-            "at_end": (reference[late].mean() + change.mean()).item(),
-            "stderr": stderr,
+            "at_end": (reference[late].mean() + change).item(),
             "tokens": n,
         }
 
 
-def of_answers(nats, right, counts):
-    """What is reported of the answers at which counts is true."""
+def right_answers(model, task, count, hard, device):
+    """The share of right answers in `count` windows that no training reads, as hard as given."""
+    windows = task.windows(0, count, hard, held_out=True)
+    targets = task.targets(windows)
+    nats, right = score(model, windows[:, :-1], targets, device)
+    answers = targets >= 0
     return {
-        "right": right[counts].double().mean().item(),
-        "nats": nats[counts].mean().item(),
-        "answers": int(counts.sum()),
+        "right": right[answers].double().mean().item(),
+        "nats": nats[answers].mean().item(),
+        "answers": int(answers.sum()),
     }
 
 
 def recall_by_pairs(model, context, device, count=256):
-    """Associative recall: right answers by number of pairs, and by tokens since the key was seen.
-
-    A key that is asked for again was seen with its value then, so its distance counts from there.
-    """
+    """Associative recall with 4, 8, 16, ... pairs, as many as the training length has room for."""
     task = TASKS["mqar"](SimpleNamespace(context=context, seed=0))
-    pairs = 4
+    pairs = LEAST_PAIRS
     while pairs <= min(context // 4, KEYS):
-        windows = task.windows(0, count, pairs, held_out=True)
-        targets = task.targets(windows)
-        nats, right = score(model, windows, targets, device)
-        distance = torch.zeros_like(targets)
-        for b, window in enumerate(windows.tolist()):
-            seen = {}
-            for t, token in enumerate(window[:-1]):
-                if targets[b, t] >= 0:
-                    distance[b, t] = t - seen[token]
-                seen[token] = t
-        yield {"result": "recall", "pairs": pairs, **of_answers(nats, right, targets >= 0)}
-        for start, stop in itertools.pairwise(doubling_edges(int(distance.max()))):
-            counts = (distance > start) & (distance <= stop)
-            if counts.any():
-                where = {"pairs": pairs, "from": start + 1, "to": stop}
-                yield {"result": "distance", **where, **of_answers(nats, right, counts)}
+        found = right_answers(model, task, count, pairs, device)
+        yield {"result": "recall", "pairs": pairs, **found}
         pairs = 2 * pairs
 
 
 def recall_by_distance(model, context, times, device):
     """The passkey at the start of windows from a quarter of the training length to times it."""
-    lengths = [context // 4]
-    while lengths[-1] * 4 <= context * times:
-        lengths.append(lengths[-1] * 4)
-    for length in lengths:
-        distance = length - 2 * PASSKEY_LENGTH - 1
-        if distance < 0:
-            continue
-        task = TASKS["passkey"](SimpleNamespace(context=length, seed=0))
-        count = max(min(256, 2**18 // length), 8)
-        windows = task.windows(0, count, distance, held_out=True)
-        targets = task.targets(windows)
-        nats, right = score(model, windows, targets, device)
-        where = {"length": length, "distance": distance}
-        yield {"result": "passkey", **where, **of_answers(nats, right, targets >= 0)}
-
-
-def entropy(p):
-    return -torch.special.xlogy(p, p).sum(-1)
-
-
-def half_life(theta):
-    """Tokens until a row has lost half of what it held, theta [n, ...] -> [...].
-
-    It keeps a share of prod (1 - theta).
-    """
-    lost = -torch.log1p(-theta.clamp(max=1 - 1e-9)).mean(0)
-    return math.log(2) / lost.clamp_min(1e-12)
+    length = context // 4
+    while length <= context * times:
+        distance = length - 2 * PASSKEY_LENGTH - 1  # the most that a window has room for
+        if distance >= 0:
+            task = TASKS["passkey"](SimpleNamespace(context=length, seed=0))
+            count = max(min(256, 2**18 // length), 8)
+            found = right_answers(model, task, count, distance, device)
+            yield {"result": "passkey", "length": length, "distance": distance, **found}
+        length = 4 * length
 
 
 def describe_rows(theta, phi):
@@ -178,18 +129,19 @@ def describe_rows(theta, phi):
     theta = theta.double()
     eta = theta.sum(-1)  # the affinities of a token add up to 1
     alpha = theta / eta[:, None]
-    use = alpha.mean(0)
-    lives = half_life(theta)
-    largest = use.argmax()
+
+    def effective_number(p):
+        return torch.special.entr(p).sum(-1).exp().mean().item()
+
+    # A row keeps a share of prod (1 - theta); so many tokens take half of what it held.
+    lost = -torch.log1p(-theta.clamp(max=1 - 1e-9)).mean(0)
+    half_life = math.log(2) / lost.clamp_min(1e-12)
     quarters = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
     return {
-        "rows": len(use),
-        "entropy": entropy(alpha).mean().item(),  # of a token's affinity, after the top k
-        "rows_per_token": entropy(alpha).exp().mean().item(),
-        "rows_used": entropy(use).exp().item(),  # effective number, by all tokens together
-        "largest_share": use[largest].item(),  # of the row that takes most: of the collapsed row
-        "largest_half_life": lives[largest].item(),
-        "half_life": torch.quantile(lives, quarters).tolist(),  # least, quartiles, most
+        "rows": theta.shape[-1],
+        "rows_per_token": effective_number(alpha),  # after the top k
+        "rows_used": effective_number(alpha.mean(0)),  # by all tokens together
+        "half_life": torch.quantile(half_life, quarters).tolist(),  # least, quartiles, most
         "eta": eta.mean().item(),
         "mu": phi.double().sum(-1).mean().item(),
     }
@@ -197,7 +149,7 @@ def describe_rows(theta, phi):
 
 @torch.no_grad()
 def routing(model, tokens, context, device):
-    """What the rows of each layer do with a text [n], in windows of the training length.
+    """What the routed rows of each layer do with a text [n], in windows of the training length.
 
     Raises ValueError for a model without rows, or a text shorter than a window.
     """
@@ -214,19 +166,9 @@ def routing(model, tokens, context, device):
             weights.append(torch.stack([theta, phi]).flatten(1, 2).cpu())
             x, _ = block(x, None)
     for i, (block, weights) in enumerate(zip(model.blocks, seen, strict=True)):
-        layer = block.memory
-        theta, phi = torch.cat(weights, 1)  # [n, m]
-        n_routed = layer.W_alpha.out_features
-        result = {"result": "routing", "layer": i}
-        result |= describe_rows(theta[:, :n_routed], phi[:, :n_routed])
-        if theta.shape[1] > n_routed:  # a row that every token writes and reads
-            shared = theta[:, -1].double()
-            result["shared_eta"] = shared.mean().item()
-            result["shared_mu"] = phi[:, -1].double().mean().item()
-            result["shared_half_life"] = half_life(shared).item()
-        if getattr(layer, "shift", None) is not None:
-            result["lambda"] = torch.sigmoid(layer.shift).item()
-        yield result
+        n_routed = block.memory.W_alpha.out_features  # all but a shared row
+        theta, phi = torch.cat(weights, 1)[..., :n_routed]  # [n, n_routed]
+        yield {"result": "routing", "layer": i, **describe_rows(theta, phi)}
 
 
 def held_out_text(saved, folder=None):
@@ -260,13 +202,13 @@ def evaluate(model, saved, args, device):
         yield from recall_by_distance(model, context, args.times, device)
     if is_text:
         tokens, n_bytes = held_out_text(saved, args.data)
-        first = tokens[: args.tokens + 1]
+        beginning = tokens[: args.tokens + 1]
     if args.loss:
         yield from loss_by_position(model, tokens, context, n_bytes, device)
     if args.long:
-        yield from loss_beyond(model, first, context, args.times, device)
+        yield from loss_beyond(model, beginning, context, args.times, device)
     if args.routing:
-        yield from routing(model, first, context, device)
+        yield from routing(model, beginning, context, device)
 
 
 def rounded(value):
@@ -276,22 +218,15 @@ def rounded(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"lab.evaluate: error: {printable(message)}\n")
-
-
 def main(argv=None):
-    parser = Parser(prog="lab.evaluate", description="Measure a trained model.")
+    parser = argparse.ArgumentParser(prog="lab.evaluate", description="Measure a trained model.")
     parser.add_argument("checkpoint", help="a file that train.py or lab.train saved")
     parser.add_argument("--loss", action="store_true", help="loss, and loss by position")
     parser.add_argument("--long", action="store_true", help="loss beyond the training length")
     parser.add_argument("--recall", action="store_true", help="right answers of a recall task")
     parser.add_argument("--routing", action="store_true", help="what the rows of the memory do")
-    parser.add_argument("--times", type=int, default=128, help="training lengths, at most [128]")
-    parser.add_argument(
-        "--tokens", type=int, default=2**17, help="of the text [131072]; not --loss"
-    )
+    parser.add_argument("--times", type=int, default=128, help="longest, in training lengths [128]")
+    parser.add_argument("--tokens", type=int, default=2**17, help="of --long, --routing [131072]")
     parser.add_argument("--data", help="prepared folder [that of the training]")
     parser.add_argument("--device", default="auto", help="cuda, cpu, ..., or auto [auto]")
     args = parser.parse_args(argv)

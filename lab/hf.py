@@ -23,17 +23,17 @@ from train import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("lab/modeling_fmem.py", "lab/layers.py", "fmem.py", "kernel.py", "LICENSE")
-LAYERS = ("FactorizationMemory", "ExtendedMemory")
 
 
 def probes(count, seed=0):
     """Random texts of few letters, and of many scripts, which show how a tokenizer cuts."""
     draw = random.Random(seed)
-    alphabets = ["ab", "aaa b", "e \n", "\r\n\t a'", "1 2a", "'s t", "  \u00a0\u3000.", "<|end>"]
+    alphabets = ["ab", "\r\n\t a'", "1 2a", "'s t", "  \u00a0\u3000.", "<|end>", "etaoinsh"]
     for start in (0x20, 0xA0, 0x370, 0x900, 0x1E00, 0x3040, 0x4E00, 0xAC00, 0x1F300):
-        alphabets.append("".join(map(chr, range(start, start + 95))) + 20 * " \n1.'")
+        alphabets.append("".join(map(chr, range(start, start + 95))))
     for _ in range(count):
-        yield "".join(draw.choices(draw.choice(alphabets), k=draw.randrange(80)))
+        letters = draw.choices(draw.choice(alphabets), k=20) + [*" \n1.'"]
+        yield "".join(draw.choices(letters, k=draw.randrange(80)))
 
 
 def fast_tokenizer(enc):
@@ -66,7 +66,7 @@ def export(checkpoint, out):
     except ImportError as error:
         raise ValueError(f"exporting needs pip install transformers safetensors: {error}") from None
     model, saved = fmem.load(checkpoint)
-    if model.layer_name not in LAYERS:
+    if model.layer_name not in ("FactorizationMemory", "ExtendedMemory"):
         raise ValueError(f"{model.layer_name} cannot be exported; transformers has its own")
     if saved["tokenizer"] is None:
         raise ValueError(f"{checkpoint} was not trained on text, but on {saved['corpus']}")
@@ -87,9 +87,7 @@ def export(checkpoint, out):
         "layer_arguments": model.layer_arguments,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), enc.eot_token),
     }
-    weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del weights["model.head.weight"]
+    weights = {f"model.{name}": weight for name, weight in model.named_parameters()}
     out.mkdir(parents=True)  # fails if it exists
     for name in CODE:
         text = (ROOT / name).read_text(encoding="utf-8")

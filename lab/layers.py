@@ -132,23 +132,19 @@ class ExtendedMemory(FactorizationMemory):
         """x [B, T, d_model] -> y [B, T, d_model], state after x. The state given is not changed."""
         h, past = state or (None, None)
         theta, phi, xbar = self.scan_inputs(x, state)
-        _, past = join(past, x, self.n_past)
-        y, h = self.scan(theta, phi, xbar, h)
-        return self.gated(y, x), (h, past)
-
-    def step(self, x_t, state=None):
-        """One token: x_t [B, d_model] -> y_t, state. It is one turn of the loop, over all rows."""
-        h, past = state or (None, None)
-        x = x_t[:, None]
-        theta, phi, xbar = self.scan_inputs(x, state)
-        _, past = join(past, x, self.n_past)
-        y, h = scan_loop(theta, phi, xbar, h, self.config.norm_eps)
-        return self.gated(y, x)[:, 0], (h, past)
-
-    def gated(self, y, x):
+        if x.shape[1] == 1:  # one turn of the loop costs less than a chunk
+            y, h = scan_loop(theta, phi, xbar, h, self.config.norm_eps)
+        else:
+            y, h = self.scan(theta, phi, xbar, h)
         if self.W_g is not None:
             y = self.gate_norm(wide(y * F.silu(self.W_g(x))))
-        return self.W_o(y)
+        _, past = join(past, x, self.n_past)
+        return self.W_o(y), (h, past)
+
+    def step(self, x_t, state=None):
+        """One token: x_t [B, d_model] -> y_t, state. Unlike the paper's layer, over all rows."""
+        y, state = self.forward(x_t[:, None], state)
+        return y[:, 0], state
 
     def init_weights(self, init, branch_scale):
         super().init_weights(init, branch_scale)

@@ -30,50 +30,13 @@ VALIDATION_WINDOWS = 256
 TOKENS_AT_ONCE = 2048  # that go through a model together in `score`
 
 
-def associative_recall(rng, length, pairs=None):
-    """A window of `length` tokens. pairs: keys with a value; None: 4, 8, 16 ..., each as often."""
-    most = min((length - 1) // 4, KEYS)
-    if pairs is None:
-        doublings = int(np.log2(most / LEAST_PAIRS))
-        pairs = LEAST_PAIRS * 2 ** rng.integers(doublings + 1)
-    if not 1 <= pairs <= most:
-        raise ValueError(f"{length - 1} tokens have room for 1 to {most} pairs, not {pairs}")
-    keys = rng.permutation(KEYS)[:pairs]
-    values = KEYS + rng.integers(VALUES, size=pairs)
-    table = np.stack([keys, values], 1)
-    asked = rng.integers(pairs, size=length // 2)
-    return np.concatenate([table.ravel(), [ASK], table[asked].ravel()])[:length]
-
-
-def passkey(rng, length, distance=None):
-    """A window of `length` tokens. distance: tokens of noise between passkey and question."""
-    most = length - 2 * PASSKEY_LENGTH - 2
-    if distance is None:
-        distance = rng.integers(most + 1)
-    if not 0 <= distance <= most:
-        raise ValueError(f"{length - 1} tokens have room for distances to {most}, not {distance}")
-    digits = KEYS + rng.integers(DIGITS, size=PASSKEY_LENGTH)
-    noise = rng.integers(KEYS, size=most)
-    before = noise[distance:]
-    between = noise[:distance]
-    return np.concatenate([before, [HERE], digits, between, [ASK], digits])
-
-
-def targets_of(windows):
-    """What is to be predicted, int64 [count, context]: the answers, and -100 elsewhere."""
-    after_question = (windows == ASK).cumsum(1)[:, :-1] > 0
-    tokens = windows[:, 1:]
-    is_value = (tokens >= KEYS) & (tokens < KEYS + VALUES)
-    return tokens.masked_fill(~(after_question & is_value), -100)
-
-
 @torch.no_grad()
-def score(model, windows, targets, device, autocast=contextlib.nullcontext):
+def score(model, inputs, targets, device, autocast=contextlib.nullcontext):
     """Nats of each target, float64 [count, length], and whether it is the likeliest token, bool.
 
-    windows [count, length + 1], each read from an empty state; targets [count, length], -100 for
-    those that do not count: they have 0 nats, and are not right. A long window goes through the
-    model in pieces, with the state between them, and needs no more memory than a short one.
+    inputs, targets [count, length], each sequence read from an empty state; the target is -100
+    where none counts: it has 0 nats, and is not right. A long sequence goes through the model in
+    pieces, with the state between them, and needs no more memory than a short one.
     """
     count, length = targets.shape
     batch = max(TOKENS_AT_ONCE // length, 1)
@@ -83,10 +46,10 @@ def score(model, windows, targets, device, autocast=contextlib.nullcontext):
     for first in range(0, count, batch):
         state = None
         for start in range(0, length, piece):
-            part = slice(first, first + batch), slice(start, min(start + piece, length))
+            part = slice(first, first + batch), slice(start, start + piece)
             wanted = targets[part].to(device)
             with autocast():
-                logits, state = model(windows[part].to(device), state)
+                logits, state = model(inputs[part].to(device), state)
             logits = logits.float()
             loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
             nats[part] = loss.view_as(wanted).double().cpu()
@@ -115,8 +78,8 @@ class Recall:
     def windows(self, first, count, hard=None, held_out=False):
         """Windows first, first + 1, ..., each a function of the seed and its number alone.
 
-        Returns int64 [count, context + 1]. hard: what makes them hard, the generator's last
-        argument. held_out: others than those of any training.
+        Returns int64 [count, context + 1]. hard: what makes them hard, the last argument of
+        `generate`. held_out: windows that no training reads, the same for every seed.
         """
         windows = []
         for number in range(first, first + count):
@@ -125,7 +88,11 @@ class Recall:
         return torch.from_numpy(np.stack(windows).astype(np.int64))
 
     def targets(self, windows):
-        return targets_of(windows)
+        """What is to be predicted, int64 [count, context]: the answers, and -100 elsewhere."""
+        after_question = (windows == ASK).cumsum(1)[:, :-1] > 0
+        tokens = windows[:, 1:]
+        is_value = (tokens >= KEYS) & (tokens < KEYS + VALUES)
+        return tokens.masked_fill(~(after_question & is_value), -100)
 
     def validate(self, model, limit, count, processes, autocast):
         """Nats per answer over the same held-out windows each time, words and columns about it."""
@@ -138,13 +105,8 @@ class Recall:
             windows = self.windows(first, count, held_out=True)
             targets = self.targets(windows)
             targets[max(n - first, 0) :] = -100  # what fills up the last turn does not count
-            with torch.no_grad(), autocast():
-                logits, _ = model(windows[:, :-1].to(processes.device))
-            logits = logits.float()
-            targets = targets.to(logits.device)
-            nats = F.cross_entropy(logits.mT, targets, reduction="sum")
-            right = logits.argmax(-1) == targets
-            total += nats.item(), right.sum().item(), (targets >= 0).sum().item()
+            nats, right = score(model, windows[:, :-1], targets, processes.device, autocast)
+            total += nats.sum().item(), right.sum().item(), (targets >= 0).sum().item()
         nats, right, number = processes.sum(*total)
         words = f"{nats / number:.4f} nats per answer, {right / number:.2%} right"
         return nats / number, words, {"val_accuracy": right / number}
@@ -153,13 +115,35 @@ class Recall:
 class AssociativeRecall(Recall):
     corpus = "mqar"
     least_context = 4 * LEAST_PAIRS
-    generate = staticmethod(associative_recall)
+
+    @staticmethod
+    def generate(rng, length, pairs=None):
+        """A window of `length` tokens. pairs: keys with a value; None: 4, 8, ..., equally often."""
+        if pairs is None:
+            doublings = int(np.log2(min((length - 1) // 4, KEYS) / LEAST_PAIRS))
+            pairs = LEAST_PAIRS * 2 ** rng.integers(doublings + 1)
+        keys = rng.permutation(KEYS)[:pairs]
+        values = KEYS + rng.integers(VALUES, size=pairs)
+        table = np.stack([keys, values], 1)
+        asked = rng.integers(pairs, size=length // 2)
+        return np.concatenate([table.ravel(), [ASK], table[asked].ravel()])[:length]
 
 
 class Passkey(Recall):
     corpus = "passkey"
     least_context = 2 * PASSKEY_LENGTH + 1
-    generate = staticmethod(passkey)
+
+    @staticmethod
+    def generate(rng, length, distance=None):
+        """A window of `length` tokens. distance: tokens of noise from the passkey to the "?"."""
+        most = length - 2 * PASSKEY_LENGTH - 2
+        if distance is None:
+            distance = rng.integers(most + 1)
+        digits = KEYS + rng.integers(DIGITS, size=PASSKEY_LENGTH)
+        noise = rng.integers(KEYS, size=most)
+        before = noise[distance:]
+        between = noise[:distance]
+        return np.concatenate([before, [HERE], digits, between, [ASK], digits])
 
 
 TASKS = {task.corpus: task for task in (AssociativeRecall, Passkey)}
