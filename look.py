@@ -24,11 +24,8 @@ So the read (eq. 11) is linear in them too, and A is the attention map of a recu
 
 import argparse
 import base64
-import hashlib
 import json
-import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,21 +162,15 @@ def rounded(values):
 
 
 def layer_data(layer):
-    """What the page needs of a Record. Of theta, phi and rms the k rows that a token touches.
-
-    Raises ValueError for more rows than the page can number.
-    """
-    m = layer.theta.shape[1]
-    if m > 2**16:
-        raise ValueError(f"a page shows up to {2**16:,} rows, not {m:,}")
+    """What the page needs of a Record. Of theta, phi and rms the k rows that a token touches."""
     touched = (layer.theta > 0) | (layer.phi > 0)
     k = max(int(touched.sum(1).max()), 1)
-    rows = touched.int().topk(k, -1).indices.sort(-1).values  # filled up with rows as they are
+    rows = touched.int().topk(k, -1).indices  # where a token touches fewer, some that stay as well
     return {
-        "m": m,
+        "m": layer.theta.shape[1],
         "k": k,
         "n_routed": layer.n_routed,
-        "rows": packed(rows, torch.uint16),  # [T, k], as the next three
+        "rows": packed(rows, torch.int32),  # [T, k], as the next three
         "theta": packed(layer.theta.gather(1, rows)),
         "phi": packed(layer.phi.gather(1, rows)),
         "rms": packed(layer.rms[1:].gather(1, rows)),
@@ -194,9 +185,8 @@ def page_data(layers, logits, tokens, words, **more):
     """What the page shows, ready for JSON.
 
     layers, logits: from `record`, of tokens [T]. words: the text of each token of the vocabulary.
-    more: eps (of the row norm), about (a line on the model), given (tokens that the model did not
-    write itself), before (tokens before these), conv (width of a convolution), show (the token that
-    is chosen first).
+    more: eps (of the row norm), about (a line on the model), given (how many of these tokens the
+    model did not write itself), before (how many came before these), conv (width of a convolution).
     """
     log_p = torch.log_softmax(logits.double(), -1)
     loss = -log_p[:-1].gather(1, tokens[1:, None])[:, 0]
@@ -205,10 +195,7 @@ def page_data(layers, logits, tokens, words, **more):
     return {
         "words": {token: words[token] for token in sorted(shown)},
         "tokens": tokens.tolist(),
-        "given": len(tokens),
-        "before": 0,
-        "conv": 0,
-        "show": most_telling(layers[0]),
+        "show": most_telling(layers[0]),  # chosen first
         "loss": [None, *rounded(loss)],
         "top": [
             list(zip(i, rounded(v), strict=True)) for i, v in zip(ids.tolist(), p, strict=True)
@@ -228,31 +215,21 @@ def most_telling(layer):
 
 
 def page(data):
-    """The page as text. Nothing in the data can end its element or run as a script.
-
-    In the data "<", ">" and "&" are escaped, and the browser runs no script but the template's,
-    which the page names by its hash.
-    """
+    """The page as text. No word can end the data in it, where "<", ">" and "&" are escaped."""
     template = TEMPLATE.read_text(encoding="utf-8")
-    script = template.partition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    template = template.replace("\n", f"\n{MARK}\n", 1)
-    return template.replace("{{hash}}", digest, 1).replace("{{data}}", text, 1)
+    return template.replace("\n", f"\n{MARK}\n", 1).replace("{{data}}", text, 1)
 
 
 def write(path, text):
-    """Write a page whole, or not at all. Raises ValueError if another file is there, or OSError."""
+    """Write a page, over an earlier one too. Raises ValueError for any other file, and OSError."""
     if path.exists():
         with open(path, "rb") as file:
             if MARK.encode() not in file.read(200):
                 raise ValueError(f"{path} is not a page of look.py and stays; name another --out")
-    with tempfile.TemporaryDirectory(prefix=".look-", dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(unfinished, path)
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 # The command.
@@ -280,11 +257,9 @@ def passage(fields, folder, n):
 
 
 def read_prompt(prompt):
-    """The prompt as text: itself, FILE:path, or - for standard input. Raises OSError."""
-    if prompt == "-":
-        return sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+    """The prompt as text: itself, or what is in FILE:path. Raises ValueError, OSError."""
     if prompt.startswith("FILE:"):
-        return Path(prompt.removeprefix("FILE:")).read_bytes().decode("utf-8-sig", "replace")
+        return "".join(prepare.read_text(prompt.removeprefix("FILE:")))
     return prompt
 
 
@@ -319,9 +294,8 @@ def look(args):
 
     Raises ValueError, OSError, and RuntimeError where torch does.
     """
-    path = args.checkpoint or Path("out/best.pt")
-    if not args.checkpoint and not path.exists():
-        path = Path("out/last.pt")
+    best = Path("out/best.pt")
+    path = args.checkpoint or (best if best.exists() else best.with_name("last.pt"))
     model, saved = fmem.load(path)
     tokens, words = text_and_words(saved, args)
 
@@ -343,8 +317,6 @@ def look(args):
         raise ValueError("one token shows nothing; give a longer --prompt, or --generate some")
 
     layers, logits = record(model, shown, state)
-    if not logits.isfinite().all():
-        raise ValueError(f"the weights in {path} lead to numbers that are not finite")
     config = model.config
     extensions = ", ".join(name for name, value in model.layer_arguments.items() if value)
     about = (
@@ -374,7 +346,7 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="default: out/best.pt, else out/last.pt")
-    add("--prompt", help="text to show, FILE:path, or - (default: a passage of validation text)")
+    add("--prompt", help="text to show, or FILE:path (default: a passage of validation text)")
     add("--generate", type=int, default=0, metavar="N", help="tokens that the model adds")
     add("--tokens", type=int, metavar="N", help="length of the passage, or of the prompt's end")
     add("--data", metavar="DIR", help="prepared folder of the passage (default: the training's)")
