@@ -106,8 +106,8 @@ def recall_by_pairs(model, context, device, count=256):
     task = TASKS["mqar"](SimpleNamespace(context=context, seed=0))
     pairs = LEAST_PAIRS
     while pairs <= min(context // 4, KEYS):
-        found = right_answers(model, task, count, pairs, device)
-        yield {"result": "recall", "pairs": pairs, **found}
+        answers = right_answers(model, task, count, pairs, device)
+        yield {"result": "recall", "pairs": pairs, **answers}
         pairs = 2 * pairs
 
 
@@ -119,8 +119,8 @@ def recall_by_distance(model, context, times, device):
         if distance >= 0:
             task = TASKS["passkey"](SimpleNamespace(context=length, seed=0))
             count = max(min(256, 2**18 // length), 8)
-            found = right_answers(model, task, count, distance, device)
-            yield {"result": "passkey", "length": length, "distance": distance, **found}
+            answers = right_answers(model, task, count, distance, device)
+            yield {"result": "passkey", "length": length, "distance": distance, **answers}
         length = 4 * length
 
 
@@ -158,16 +158,20 @@ def routing(model, tokens, context, device):
     windows = tokens[: len(tokens) // context * context].view(-1, context)
     if len(windows) == 0:
         raise ValueError(f"the text has {len(tokens)} tokens, fewer than the context, {context}")
-    seen = [[] for _ in model.blocks]
+    weights = {block.memory: [] for block in model.blocks}
+
+    def note(memory, arguments):
+        theta, phi, _ = memory.scan_inputs(*arguments)
+        weights[memory].append(torch.stack([theta, phi]).flatten(1, 2).cpu())
+
+    hooks = [block.memory.register_forward_pre_hook(note) for block in model.blocks]
     for part in windows.split(8):
-        x = model.embed(part.to(device))
-        for block, weights in zip(model.blocks, seen, strict=True):
-            theta, phi, _ = block.memory.scan_inputs(block.memory_norm(x))
-            weights.append(torch.stack([theta, phi]).flatten(1, 2).cpu())
-            x, _ = block(x, None)
-    for i, (block, weights) in enumerate(zip(model.blocks, seen, strict=True)):
-        n_routed = block.memory.W_alpha.out_features  # all but a shared row
-        theta, phi = torch.cat(weights, 1)[..., :n_routed]  # [n, n_routed]
+        model.hidden(part.to(device))
+    for hook in hooks:
+        hook.remove()
+    for i, (memory, parts) in enumerate(weights.items()):
+        n_routed = memory.W_alpha.out_features  # all rows but a shared one
+        theta, phi = torch.cat(parts, 1)[..., :n_routed]  # [n, n_routed]
         yield {"result": "routing", "layer": i, **describe_rows(theta, phi)}
 
 
@@ -179,8 +183,6 @@ def held_out_text(saved, folder=None):
     _, tokens, fields, _ = prepare.load(folder or saved["settings"]["data"])
     if fields != saved["tokenizer"]:
         raise ValueError("--data was prepared with another tokenizer than the checkpoint's")
-    if len(tokens) < 2:
-        raise ValueError("the validation text has no token to predict")
     tokens = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     sizes = torch.tensor([len(piece) for piece in token_bytes(load_tokenizer(fields))])
     return tokens, int(sizes[tokens[1:]].sum())

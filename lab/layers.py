@@ -6,8 +6,8 @@
 
 Each has the interface of `fmem.FactorizationMemory` (forward, step, init_weights), so that block,
 model, training and sampling are the same for all: `FMem(config, layer=Mamba2)`. Each can have the
-same short convolution, so that no layer is compared with one that sees the token before while it
-does not itself. All compute what their equations say, at any split into calls; what is before the
+same short convolution: a comparison between a layer that sees the previous token directly and one
+that does not would say little. A sequence may be split anywhere into calls; what comes before its
 first token is zero.
 """
 
@@ -69,8 +69,8 @@ class ExtendedMemory(FactorizationMemory):
     shift: the token before has a part in the write's routing. Of the logits l_t = W_alpha u_t,
             alpha of the read  = softmax(l_t / tau)
             alpha of the write = softmax(((1 - lambda) l_t + lambda l_{t-1}) / tau)
-        each with a top k of its own; lambda = sigmoid(shift) is one number per layer. What follows
-        a key is so written to the key's rows, where the key will look for it.
+        each with a top k of its own; lambda = sigmoid(shift) is one number per layer. So what
+        follows a key is written to the key's rows, where the key will look for it.
     shared_row: the last of the m rows is outside the softmax. Every token writes and reads it, at
         rates of their own, theta[m-1], phi[m-1] = sigmoid(W_shared u), beside the k of the other
         m - 1 rows that it is routed to.
@@ -142,7 +142,7 @@ class ExtendedMemory(FactorizationMemory):
         return self.W_o(y), (h, past)
 
     def step(self, x_t, state=None):
-        """One token: x_t [B, d_model] -> y_t, state. Unlike the paper's layer, over all rows."""
+        """One token: x_t [B, d_model] -> y_t, state. It reads and writes all rows, not k."""
         y, state = self.forward(x_t[:, None], state)
         return y[:, 0], state
 
@@ -358,9 +358,9 @@ def scan_ssd(X, delta, A, B, C, S):
 
 
 def matched_d_mlp(config, layer, layer_arguments=None):
-    """The d_mlp with which a model of this layer is as large as the paper's with config's d_mlp.
+    """The d_mlp that makes a model with this layer as large as the paper's model of `config`.
 
-    To the nearest multiple of 8. Raises ValueError where the layer is larger than what the MLP has.
+    To the nearest multiple of 8. Raises ValueError if the MLP is too small for that.
     """
 
     def parameters(layer, arguments):
@@ -371,7 +371,7 @@ def matched_d_mlp(config, layer, layer_arguments=None):
     d_mlp = config.d_mlp - round(extra / (3 * config.d_model) / 8) * 8
     if d_mlp < 1:
         raise ValueError(
-            f"{layer.__name__} has {extra:,} parameters more than the memory, and the MLP not as "
-            "many to give; set d_mlp, or make the layer smaller"
+            f"{layer.__name__} has {extra:,} more parameters than the memory, which the MLP is too "
+            "small to make up for; set d_mlp, or make the layer smaller"
         )
     return d_mlp
