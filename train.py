@@ -1,7 +1,7 @@
 """Train a Factorization Memory language model.
 
-    python train.py                                  # picks device, preset and data, and says why
-    python train.py --resume                         # goes on with the run in out/
+    python train.py                                  # chooses device and preset, and says why
+    python train.py --resume                         # continues the run in out/
     python train.py --data data/mine --out out/mine  # on a folder that data/prepare.py made
     torchrun --nproc_per_node 2 train.py             # the same batches, split over two processes
     torchrun --nproc_per_node 8 train.py --fsdp      # the model is split too
@@ -15,8 +15,8 @@ Every field of Settings is an option. A run writes into --out:
     loss.png   the losses, where matplotlib is installed
 
 All that is random in a step follows from the seed, the step, the position in the data and the
-process. So a resumed run is the unbroken one bit for bit, log.csv too but for its seconds, as long
-as the number of threads and of processes is the same.
+number of the process. So a resumed run equals the unbroken one bit for bit, log.csv included (but
+for its seconds), if the numbers of threads and processes are the same.
 """
 
 import argparse
@@ -38,49 +38,53 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from data import prepare
 from data.tokenizer import load_tokenizer, one_line, printable, token_bytes
-from fmem import FORMAT, FactorizationMemory, FMem, FMemConfig, has_float64, load
+from fmem import FORMAT, FactorizationMemory, FMem, FMemConfig, load
 
 
 class OptionError(ValueError):
     """An option that cannot work."""
 
 
-def option(default, text, gpu=None, least=1, most=2**31):
-    """A field: its value, its help, its value in the preset "gpu" if that is another, its range."""
+def option(default, text, gpu=None, least=1):
+    """A field of Settings; gpu: its value in the preset "gpu", where that differs."""
     text += f" [{default}]" if gpu is None else f" [{default}, gpu: {gpu}]"
-    return field(default=default, metadata=dict(help=text, gpu=gpu, least=least, most=most))
+    return field(default=default, metadata=dict(help=text, gpu=gpu, least=least))
 
 
 @dataclass
 class Settings:
-    """A run. Raises OptionError for a value out of range; FMemConfig checks those of the model.
+    """A run. Raises OptionError for values that cannot work; FMemConfig checks those of the model.
 
-    The defaults are the preset "cpu": 1.7 M parameters, an epoch and a half of the default corpus.
-    "gpu": 12.4 M and six epochs, few enough with dropout not to learn the corpus by heart.
+    The defaults are the preset "cpu": 1.7 M parameters, 1.5 epochs of the default corpus. "gpu":
+    12.4 M parameters and 6 epochs, few enough not to learn the corpus by heart, with dropout.
     """
 
     preset: str = option("auto", "gpu, cpu, or auto: by the device")
     out: str = option("out", "folder for checkpoints and log")
-    data: str = option("data/default", "prepared folder; the default one is made when missing")
-    resume: bool = option(False, "go on with the run in --out; options given again replace its own")
-    overwrite: bool = option(False, "start anew in a folder that holds a run, which is lost")
+    data: str = option("data/default", "prepared folder; the default one is made if missing")
+    resume: bool = option(
+        False, "continue the run in --out; options that are given replace its own"
+    )
+    overwrite: bool = option(False, "delete the run that --out holds, and start a new one")
     debug: bool = option(False, "show where an error comes from")
-    device: str = option("auto", "cuda, cpu ..., or auto")
-    dtype: str = option("auto", "bf16 (autocast), float32, or auto: bf16 on NVIDIA from Ampere on")
+    device: str = option("auto", "cuda, cpu, mps, or auto: cuda if there is one")
+    dtype: str = option("auto", "bf16 (autocast), float32, or auto")
     fsdp: bool = option(False, "split weights and optimiser over the processes of torchrun")
     compile: bool = option(False, "use torch.compile")
-    threads: int | None = option(None, "threads of a CPU (None: PyTorch's choice)", most=1024)
+    threads: int | None = option(None, "CPU threads (None: PyTorch's choice)")
     seed: int = option(1337, "of the weights, the order of the data, and dropout", least=0)
 
     n_layer: int = option(4, "blocks", gpu=8)
     d_model: int = option(192, "width", gpu=384)
     d_memory: int | None = option(None, "d, width of a memory row (None: d_model)")
     n_rows: int = option(32, "m, memory rows", gpu=64)
-    k_rows: int = option(8, "k, rows that a token writes and reads, n_rows at most", gpu=16)
+    k_rows: int | None = option(8, "k, rows that a token writes to and reads (None: all)", gpu=16)
     tau: float = option(FMemConfig.tau, "temperature of the affinity", least=0)
     alpha_std: float = option(FMemConfig.alpha_std, "of the affinity's logits at first", least=0)
     d_mlp: int | None = option(None, "hidden width of the MLP (None: 8/3 d_model)")
@@ -93,11 +97,11 @@ class Settings:
     batch_size: int = option(8, "windows per step, over all processes", gpu=16)
     micro_batch: int | None = option(None, "windows per process and forward pass (None: all)")
     max_steps: int = option(1300, "optimiser steps", gpu=650)
-    seconds: float = option(math.inf, "end the schedule after this time", least=1e-3, most=math.inf)
+    seconds: float = option(math.inf, "end the schedule after this time")
     lr: float = option(4e-3, "peak learning rate of AdamW", gpu=3e-3, least=0)
-    min_lr: float = option(0.05, "last learning rate, as a share of the peak", least=0, most=1)
+    min_lr: float = option(0.05, "last learning rate, as a share of the peak", least=0)
     warmup: int = option(50, "steps of linear warm-up", least=0)
-    beta2: float = option(0.95, "AdamW's second decay rate", least=0, most=0.999999)
+    beta2: float = option(0.95, "AdamW's second decay rate", least=0)
     weight_decay: float = option(0.1, "AdamW's decay of the matrices", least=0)
     clip: float = option(1.0, "largest norm of the gradient", least=0)
     max_skipped: int = option(20, "end after so many steps in a row that are not finite")
@@ -110,10 +114,9 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            least, most = f.metadata["least"], f.metadata["most"]
-            if type(value) in (int, float) and not least <= value <= most:
-                raise OptionError(f"--{f.name} must be from {least} to {most}, not {value}")
+            value, least = getattr(self, f.name), f.metadata["least"]
+            if type(value) in (int, float) and not value >= least:  # NaN is not
+                raise OptionError(f"--{f.name} must be at least {least}, not {value}")
         for name, values in (("preset", "auto gpu cpu"), ("dtype", "auto bf16 float32")):
             if getattr(self, name) not in values.split():
                 raise OptionError(f"--{name} must be one of {values}, not {getattr(self, name)}")
@@ -123,7 +126,12 @@ class Settings:
             self.data = os.path.relpath(self.data)
 
 
-MACHINE = ("out", "resume", "overwrite", "debug", "device", "fsdp")  # what no checkpoint keeps
+# What a checkpoint does not keep: it may be resumed elsewhere, and in another way.
+NOT_SAVED = ("out", "resume", "overwrite", "debug", "device", "fsdp")
+
+
+def whole_number(text):
+    return None if text.lower() == "none" else int(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,7 +140,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **how):
         super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **how)
         for f in fields(Settings):
-            kind = dict(type=f.type if f.type in (str, float) else int, metavar="")
+            kind = dict(type=f.type if f.type in (str, float) else whole_number, metavar="")
             if f.type is bool:
                 kind = dict(action=argparse.BooleanOptionalAction)
             self.add_argument(f"--{f.name}", help=f.metadata["help"], **kind)
@@ -145,13 +153,15 @@ def settle(given, saved, device):
     """Settings: the values given, else those of the run to resume, else the preset's."""
     preset = given.get("preset", saved.get("preset", "auto"))
     if preset == "auto":
-        preset = "gpu" if device.type != "cpu" and has_float64(device) else "cpu"
-    values = {f.name: f.metadata["gpu"] for f in fields(Settings) if f.metadata["gpu"] is not None}
-    return Settings(**{**(values if preset == "gpu" else {}), **saved, **given, "preset": preset})
+        preset = "gpu" if device.type == "cuda" else "cpu"
+    values = {}
+    if preset == "gpu":
+        values = {f.name: f.metadata["gpu"] for f in fields(Settings) if f.metadata["gpu"]}
+    return Settings(**{**values, **saved, **given, "preset": preset})
 
 
 def model_config(settings, vocab_size):
-    """Raises OptionError."""
+    """The settings of the model. Raises OptionError."""
     names = [f.name for f in fields(FMemConfig) if hasattr(settings, f.name)]
     try:
         return FMemConfig(vocab_size, **{name: getattr(settings, name) for name in names})
@@ -161,13 +171,10 @@ def model_config(settings, vocab_size):
 
 def pick_device(name):
     """-> torch.device, the reason. Raises OptionError for a device that cannot be used."""
-    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     why = "as given"
     if name == "auto":
-        name = gpu.type if gpu and has_float64(gpu) else "cpu"
-        why = "a GPU is here" if gpu else "no GPU is usable here"
-        if gpu and name == "cpu":
-            why = f"{gpu.type} is here, but has no float64, which the scan needs"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        why = "a GPU is here" if name == "cuda" else "no GPU with float64, which the scan needs"
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -177,100 +184,15 @@ def pick_device(name):
         raise OptionError(f"--device {name} cannot be used here: {one_line(error)}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         why += f", {torch.cuda.get_device_name(device)}"
     return device, why
-
-
-def pick_dtype(name, device):
-    """-> torch.dtype, the reason."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32, "as given"
-    nvidia = device.type == "cuda" and torch.version.cuda is not None
-    if nvidia and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16, "autocast; weights and optimiser stay float32"
-    return torch.float32, "bf16 is the default on NVIDIA from Ampere on"
-
-
-class Processes:
-    """This process, number `rank` of the `world` that torchrun started, or the only one."""
-
-    def __init__(self, device, fsdp):
-        self.device = device
-        self.fsdp = fsdp
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.first = self.rank == 0
-        self.joined = self.world > 1 or fsdp
-        if fsdp and "WORLD_SIZE" not in os.environ:
-            raise OptionError("--fsdp needs torchrun --nproc_per_node N train.py --fsdp")
-        if self.joined:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    def say(self, line):
-        if self.first:
-            print(printable(line), flush=True)
-
-    def sum(self, *values):
-        """The sum of each number over the processes."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.joined:
-            total = total.to(self.device)
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def share(self, value=None):
-        """The first process's value, in all of them; the others wait for it here."""
-        values = [value]
-        if self.joined:
-            dist.broadcast_object_list(values)
-        return values[0]
-
-    def place(self, model, compiled):
-        """Put the model, or this process's part of it, on the device. Returns what is trained."""
-        if self.fsdp:
-            from torch.distributed.fsdp import fully_shard
-
-            for block in model.blocks:
-                fully_shard(block)
-            fully_shard(model)  # what is left: embedding, last norm, output layer
-        net = torch.compile(model.to(self.device)) if compiled else model.to(self.device)
-        return net if self.fsdp or self.world == 1 else DistributedDataParallel(net)
-
-    def gather(self, model, optimizer):
-        """Weights and moments, whole and on the CPU, for the first process; all must call it."""
-        from torch.distributed.checkpoint import state_dict as dcp  # here: it takes a second
-
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        if not optimizer.state:  # before the first step; to ask for moments would make some
-            return dcp.get_model_state_dict(model, options=options), {}
-        return dcp.get_state_dict(model, optimizer, options=options)
-
-    def restore(self, model, optimizer, weights, moments):
-        """The reverse; the optimiser's rates and decays stay those of the settings."""
-        from torch.distributed.checkpoint import state_dict as dcp
-
-        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.joined)
-        dcp.set_model_state_dict(model, weights, options=options)
-        if self.share(bool(moments)):
-            groups = [{**group} for group in optimizer.param_groups]
-            dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
-            for group, before in zip(optimizer.param_groups, groups, strict=True):
-                group.update(before)
-
-    def leave(self):
-        if self.joined:
-            # DDP, when freed, holds Python's lock while it waits for gloo's thread, which needs the
-            # lock to let go of its last result. A moment for that thread avoids waiting forever.
-            time.sleep(0.5)
-            dist.destroy_process_group()
 
 
 class Text:
     """The default task: the next token of the text in a prepared folder.
 
-    A task has vocab_size, tokenizer (fields, or None), corpus, about (a line), columns (its own in
-    log.csv), and `windows`, `targets` and `validate` as here.
+    A task has vocab_size, tokenizer (its fields, or None), corpus (its name), about (a line to
+    print), columns (its own in log.csv), and the methods windows, targets and validate.
     """
 
     columns = ("val_bpb", "val_tokens")
@@ -290,27 +212,26 @@ class Text:
         self.about = f"{self.corpus}: {size:,} bytes, {len(self.tokens):,} tokens to train on"
         self.context = settings.context
         self.seed = settings.seed
-        self.epoch = None
-        slack = len(self.tokens) - self.context
-        if slack < 1:
+        self.epoch = None  # that `offset` and `order` belong to
+        self.offsets = min(self.context, len(self.tokens) - self.context)
+        if self.offsets < 1:
             raise OptionError(f"--context must be below the text's {len(self.tokens)} tokens")
-        self.offsets = min(self.context, slack)  # an epoch starts at one of the first tokens
-        self.per_epoch = (len(self.tokens) - self.offsets) // self.context  # windows
+        self.windows_per_epoch = (len(self.tokens) - self.offsets) // self.context
 
     def windows(self, first, count):
         """Windows number first, first + 1, ... of the run: int64 [count, context + 1].
 
-        Each epoch cuts the text into windows from another offset and takes them in another order.
-        Both are functions of the seed and the epoch, so a window is one of seed and number.
+        Each epoch cuts the text into windows from another offset, and takes them in another order.
+        Both follow from the seed and the epoch, so a window depends on its number alone.
         """
         windows = []
         for number in range(first, first + count):
-            epoch, i = divmod(number, self.per_epoch)
+            epoch, i = divmod(number, self.windows_per_epoch)
             if epoch != self.epoch:
                 rng = np.random.default_rng([self.seed, epoch])
                 self.epoch = epoch
                 self.offset = rng.integers(self.offsets)
-                self.order = rng.permutation(self.per_epoch)
+                self.order = rng.permutation(self.windows_per_epoch)
             start = self.offset + self.order[i] * self.context
             windows.append(self.tokens[start : start + self.context + 1])
         return torch.from_numpy(np.stack(windows).astype(np.int64))
@@ -320,11 +241,11 @@ class Text:
         return windows[:, 1:]
 
     def validate(self, model, limit, count, processes, autocast):
-        """The loss over the validation split, or over its first `limit` tokens, each of them once.
+        """The loss over the validation split, or its first `limit` tokens, each counted once.
 
-        It is cut into windows of `context` tokens, each read from an empty memory. `count` of them
-        go through the model at once, and the processes take turns; what fills up the last of them
-        is not counted. Returns nats per token, words about it, and the columns for log.csv.
+        The text is cut into windows of `context` tokens, each read from an empty memory; `count`
+        windows go through the model at once, and the processes take turns. Padding at the end is
+        not counted. Returns nats per token, the words to print, the columns for log.csv.
         """
         tokens = self.val[: limit + 1] if limit else self.val
         size = count * self.context
@@ -348,35 +269,34 @@ class Text:
 
 
 def progress(settings, state):
-    """The share of the run that is done, and the setting that it is a share of."""
+    """The share of the run that is done, 1 at its end, and the name of the setting that ends it."""
     steps = state.step / settings.max_steps
     seconds = state.seconds / settings.seconds
     return max((steps, "max_steps"), (seconds, "seconds"))
 
 
 def learning_rate(settings, step, done):
-    """Linear warm-up, then cosine down to min_lr; done: the share of the run that is, 0 to 1."""
+    """Linear warm-up, then a cosine down to min_lr; done: the share of the run, 0 to 1."""
     warmup = min(1, (step + 1) / (settings.warmup + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1)))
     return settings.lr * warmup * (settings.min_lr + (1 - settings.min_lr) * cosine)
 
 
 def make_optimizer(model, settings, device):
-    """AdamW; it decays the matrices of the layers, not embedding, output layer and gains."""
-    free = {id(model.embed.weight), id(model.head.weight)}
-    free |= {id(p) for p in model.parameters() if p.dim() < 2}
-    decayed = [p for p in model.parameters() if id(p) not in free]
-    others = [p for p in model.parameters() if id(p) in free]
-    matrices = {"params": decayed, "weight_decay": settings.weight_decay}
-    rest = {"params": others, "weight_decay": 0.0}
-    fused = device.type in ("cuda", "cpu")
+    """AdamW that decays the matrices of the layers, not embedding, output layer and norms."""
+    matrices = [p for block in model.blocks for p in block.parameters() if p.dim() > 1]
+    ids = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    decayed = {"params": matrices, "weight_decay": settings.weight_decay}
+    others = {"params": rest, "weight_decay": 0.0}
     betas = (0.9, settings.beta2)
-    return torch.optim.AdamW([matrices, rest], lr=settings.lr, betas=betas, fused=fused)
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW([decayed, others], lr=settings.lr, betas=betas, fused=fused)
 
 
 @dataclass
 class State:
-    """Where a run is: with weights and moments, all that what follows depends on."""
+    """Where a run is. With the weights and moments it is all that the next step depends on."""
 
     step: int = 0  # optimiser steps, the skipped ones too
     windows: int = 0  # position in the data
@@ -389,7 +309,7 @@ class State:
 
 
 def save(checkpoint, path):
-    """Write beside the target and rename, so that it is whole at any moment. Raises OSError."""
+    """Write beside `path`, then rename: a whole file is there at any moment. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -404,24 +324,27 @@ def save(checkpoint, path):
         temporary.unlink(missing_ok=True)
 
 
-def check_same_run(now, before, given):
-    """Raises OptionError if the run `before` had another model or other data than that of `now`."""
-    free = ["config", "settings", "dropout", "scan", "recompute"]
-    free += ["corpus"] if "data" in given else []
+def checkpoints(out):
+    """The checkpoints in a folder, and no .pt file that is not of a run."""
+    names = re.compile(r"(last|best|step-\d+)\.pt")
+    return [path for path in out.glob("*.pt") if names.fullmatch(path.name)]
+
+
+def check_same_run(now, saved):
+    """Raises OptionError if the run to resume has another model or another tokenizer."""
     now = {**now, **now["config"]}
-    before = {**before, **before["config"]}
-    for name in now:
-        if name not in free and now[name] != before[name]:
+    before = {**saved, **saved["config"]}
+    for name in ("layer", "layer_arguments", "tokenizer", *saved["config"]):
+        if name not in ("dropout", "scan", "recompute") and now[name] != before[name]:
             raise OptionError(f"--resume: {name} is not that of the run; another --out starts one")
 
 
 def start_log(path, log, columns):
-    """Make log.csv what a checkpoint has of it; if it does not continue that, keep it elsewhere."""
-    existing = path.read_bytes() if path.exists() else b""
-    if existing and not (log and existing.startswith(log.encode()[: len(existing)])):
+    """Make log.csv what the checkpoint has of it. Another one is set aside."""
+    if path.exists() and not (log and path.read_bytes().startswith(log.encode())):
         aside = path.with_name(f"log-{time.time_ns()}.csv")
-        os.replace(path, aside)
-        print(f"log       {path} is not that of this run; it is now {aside}")
+        path.replace(aside)
+        print(f"log       {path} is not of this run; it is now {aside}")
     log = log or ",".join(columns) + "\n"
     path.write_bytes(log.encode())
     return log
@@ -439,6 +362,68 @@ def draw(log, path):
     axes.set(xlabel="step", ylabel="nats per token")
     axes.legend()
     axes.figure.savefig(path, dpi=120)
+
+
+class Processes:
+    """This process, number `rank` of the `world` that torchrun started, or the only one."""
+
+    def __init__(self, device, fsdp):
+        self.device = device
+        self.fsdp = fsdp
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+        self.joined = self.world > 1 or fsdp
+        if self.joined:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def say(self, line):
+        if self.first:
+            print(printable(line), flush=True)
+
+    def sum(self, *values):
+        """The sum of each number over the processes."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.joined:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def wait(self):
+        """Return when every process is here."""
+        if self.joined:
+            dist.barrier()
+
+    def place(self, model, compiled):
+        """Put the model, or this process's part of it, on the device. Returns what is trained."""
+        if self.fsdp:
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)  # the rest: embedding, last norm, output layer
+        net = torch.compile(model.to(self.device)) if compiled else model.to(self.device)
+        return net if self.fsdp or self.world == 1 else DistributedDataParallel(net)
+
+    def gather(self, model, optimizer):
+        """Weights and moments, whole and on the CPU, for the first process; all must call it."""
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return dcp.get_state_dict(model, optimizer, options=options)
+
+    def restore(self, model, optimizer, weights, moments):
+        """The reverse; the rates and decays of the optimiser stay those of the settings."""
+        options = dcp.StateDictOptions(full_state_dict=True)
+        groups = [dict(group) for group in optimizer.param_groups]
+        dcp.set_state_dict(
+            model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
+        )
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+
+    def leave(self):
+        if self.joined:
+            # DDP, when freed, holds Python's lock while it waits for gloo's thread, which needs the
+            # lock to let go of its last result. A moment for that thread avoids waiting forever.
+            time.sleep(0.5)
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -462,54 +447,54 @@ def signals():
 def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, command="train.py"):
     """A run with the settings `given`, {name: value} of fields of Settings.
 
-    Returns the last checkpoint that it wrote; in processes other than the first a part of that.
     layer, layer_arguments: what stands in the model's blocks, as FMem takes it. task: a class like
-    Text, called with the Settings. command: the program's name, for its hints. Raises ValueError or
-    OSError, one line, for what the user can mend.
+    Text, called with the Settings. command: the program's name, for its hints. Returns the last
+    checkpoint; in processes other than the first, a part of it. Raises ValueError or OSError, one
+    line, for what the user can mend.
     """
     torch.set_flush_denormal(True)  # before the first threads: denormal decays are slow on a CPU
     device, why_device = pick_device(given.get("device", "auto"))
     processes = Processes(device, given.get("fsdp", False))
     first = processes.first
     say = processes.say
-    out = Path(settle(given, {}, device).out)
-    if first and given.get("resume") and not (out / "last.pt").exists():
-        raise OptionError(f"--resume: there is no {out / 'last.pt'}; without --resume a run starts")
+    out = Path(given.get("out", Settings.out))
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0) if first else contextlib.nullcontext()
     with lock, signals() as received:
-        # The run to go on with, if there is one.
-        saved = None
-        weights = {}
-        moments = {}
-        names = re.compile(r"(last|best|step-\d+)\.pt")
-        runs = [path for path in out.glob("*.pt") if names.fullmatch(path.name)]
-        if first and given.get("resume"):
-            model, saved = load(out / "last.pt")
+        # The run to continue, if there is one.
+        saved = {}
+        if given.get("resume"):
+            saved_model, saved = load(out / "last.pt")
             if "optimizer" not in saved:
-                raise ValueError(f"{out / 'last.pt'} has weights alone: it cannot be resumed")
-            weights = model.state_dict()
-            moments = saved.pop("optimizer")
-        elif first and runs and not given.get("overwrite"):
-            raise OptionError(f"{runs[0]} is of another run; --resume, --overwrite, or --out DIR")
-        saved = processes.share(saved)
-        settings = settle(given, saved["settings"] if saved else {}, device)
+                raise ValueError(f"{out / 'last.pt'} holds weights alone: it cannot be resumed")
+        elif checkpoints(out) and not given.get("overwrite"):
+            raise OptionError(f"{out} holds another run; --resume, --overwrite, or --out DIR")
+        settings = settle(given, saved.get("settings", {}), device)
         state = State(**{f.name: saved[f.name] for f in fields(State)}) if saved else State()
 
-        # The data, the model, the optimiser.
+        # The data. The first process makes the default corpus, for which the others wait.
+        if not first:
+            processes.wait()
+        task = task(settings)
+        if first:
+            processes.wait()
         local, rest = divmod(settings.batch_size, processes.world)  # windows of this process
         if rest:
             raise OptionError(f"--batch_size must be divisible by {processes.world}, the processes")
         micro = min(settings.micro_batch or local, local)
+
+        # The precision. TF32 is exact for what autocast has rounded to bf16. In a float32 run it
+        # would spoil the squared lengths of the memory rows, which need full float32 products.
+        dtype = settings.dtype
+        if dtype == "auto":
+            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bf16" if bf16 else "float32"
+        torch.set_float32_matmul_precision("high" if dtype == "bf16" else "highest")
+        autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == "bf16")
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        dtype, why_dtype = pick_dtype(settings.dtype, device)
-        autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == torch.bfloat16)
-        if first:
-            task = task(settings)  # makes the default corpus, for which the others wait
-        processes.share()
-        if not first:
-            task = task(settings)
+
+        # The model and the optimiser.
         torch.manual_seed(settings.seed)
         model = FMem(model_config(settings, task.vocab_size), layer, layer_arguments)
         about = {
@@ -519,16 +504,16 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             "layer_arguments": model.layer_arguments,
             "tokenizer": task.tokenizer,
             "corpus": task.corpus,
-            "settings": {k: v for k, v in asdict(settings).items() if k not in MACHINE},
+            "settings": {k: v for k, v in asdict(settings).items() if k not in NOT_SAVED},
         }
         if saved:
-            check_same_run(about, saved, given)
+            check_same_run(about, saved)
         net = processes.place(model, settings.compile)
         optimizer = make_optimizer(model, settings, device)
         if saved:
-            processes.restore(model, optimizer, weights, moments)
+            processes.restore(model, optimizer, saved_model.state_dict(), saved.pop("optimizer"))
         say(f"device    {device} ({why_device}), {torch.get_num_threads()} threads")
-        say(f"dtype     {str(dtype)[6:]} ({why_dtype})")
+        say(f"dtype     {dtype} (--dtype {settings.dtype})")
         say(f"data      {task.about}")
         say(f"settings  {' '.join(f'{k}={v}' for k, v in asdict(settings).items())}")
         say(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -539,7 +524,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
         columns = ("step", "tokens", "train_loss", "lr", "grad_norm", "skipped", "val_loss")
         columns = (*columns, *task.columns, "seconds")
         if first:
-            for path in [*runs, out / "log.csv"] if settings.overwrite else []:
+            for path in [*checkpoints(out), out / "log.csv"] if settings.overwrite else []:
                 path.unlink(missing_ok=True)
             state.log = start_log(out / "log.csv", state.log, columns)
 
@@ -549,8 +534,8 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             line = ",".join(str(row.get(column, "")) for column in columns) + "\n"
             state.log += line
             if first:
-                with open(out / "log.csv", "ab") as file:
-                    file.write(line.encode())
+                with open(out / "log.csv", "a", newline="") as file:
+                    file.write(line)
 
         def validate(name, limit):
             model.eval()
@@ -560,11 +545,11 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             write_row(val_loss=loss, **row)
             return loss
 
-        # The training.
+        # The steps.
         begun = time.perf_counter() - state.seconds
         done, limit = progress(settings, state)
-        whole = None
-        in_a_row = 0  # steps that were not finite
+        last = None
+        not_finite = 0  # steps in a row
         stopped = failed = False
         while done < 1 and not stopped and not failed:
             lr = learning_rate(settings, state.step, done)
@@ -584,28 +569,28 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                     logits, _ = net(windows[i : i + micro, :-1].to(device))
                 wanted = targets[i : i + micro].flatten().to(device)
                 loss = F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum")
-                (loss * processes.world / count).backward()  # the exchange divides by world
+                (loss * processes.world / count).backward()  # DDP and FSDP divide by world
                 nats += loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             norm = (norm.full_tensor() if processes.fsdp else norm).item()
             loss = processes.sum(nats.item())[0] / count
 
-            # The step. If anything is not finite it is not taken: nothing of it reaches a weight.
+            # The step. It is skipped if anything is not finite, so that nothing reaches a weight.
             if math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step()
                 state.losses.append(loss)
-                in_a_row = 0
+                not_finite = 0
             else:
                 say(f"skipped   step {state.step + 1}: loss {loss:.4g}, gradient {norm:.4g}")
                 state.skipped += 1
-                in_a_row += 1
+                not_finite += 1
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
             state.windows += settings.batch_size
             state.seconds = time.perf_counter() - begun
-            failed = in_a_row == settings.max_skipped
+            failed = not_finite == settings.max_skipped
             done, limit = progress(settings, state)
-            done, stopped = processes.sum(done if first else 0, len(received))
+            done, stopped = processes.sum(done if first else 0, len(received))  # the same in all
 
             # What is due after it: a log line, an evaluation, checkpoints.
             if state.losses and (state.step % settings.log_every == 0 or done >= 1):
@@ -628,19 +613,21 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             if due or keep or stopped or failed:
                 weights, moments = processes.gather(model, optimizer)
                 best = {**about, "model": weights, "step": state.step, "val_loss": state.val_loss}
-                whole = {**best, "optimizer": moments, **asdict(state)}
+                last = {**best, "optimizer": moments, **asdict(state)}
                 if first and keep:
-                    save(whole, out / f"step-{state.step}.pt")
+                    save(last, out / f"step-{state.step}.pt")
                 if first and better:
                     save(best, out / "best.pt")
-                if first:  # the last of them: after a kill before it, the others are written again
-                    save(whole, out / "last.pt")
+                if (
+                    first
+                ):  # at the end: after a kill before it, a resumed run writes the others again
+                    save(last, out / "last.pt")
 
         # The end.
         again = f"python {command} --resume --out {shlex.quote(str(out))}"
         if failed:
             again += f" --lr {settings.lr / 3:.1g}"
-            raise ValueError(f"{in_a_row} steps in a row were not finite; from before: {again}")
+            raise ValueError(f"{not_finite} steps in a row were not finite; try {again}")
         with contextlib.suppress(ImportError, OSError):  # a picture never ends a run
             if first:
                 draw(state.log, out / "loss.png")
@@ -654,16 +641,16 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             say(f"done      {state.step} steps: {reached} is reached; {again} --{limit} N goes on")
             say(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
         processes.leave()
-        return whole
+        return last
 
 
 def sample_text(model, tokenizer, count):
     """A text of `count` tokens that the model writes."""
     encoding = load_tokenizer(tokenizer)
-    pieces = token_bytes(encoding)
     prompt = torch.tensor([[encoding.eot_token]], device=model.embed.weight.device)
     torch.manual_seed(0)
     tokens = model.eval().generate(prompt, count, temperature=0.8, top_p=0.95)
+    pieces = token_bytes(encoding)
     return b"".join(pieces[token.item()] for token in tokens).decode("utf-8", "replace")
 
 
@@ -676,28 +663,21 @@ def one_line_errors(program, debug=False):
         sys.exit(f"{program}: interrupted; what was saved before stays")
     except Exception as error:
         message = one_line(error)
-        network = "gloo" in message or isinstance(error, dist.DistError)
-        if debug:
-            raise
         if isinstance(error, Timeout):
-            message = "another run is writing into this folder; --out takes another"
+            message = "another run is writing into this folder; choose another --out"
         elif isinstance(error, MemoryError) or "allocate" in message or "out of memory" in message:
             message = f"out of memory ({message}); try --micro_batch 1, --recompute, less --context"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"torch.compile fails here ({message}); leave --compile out"
-        elif network:
-            message = f"another process of this run has ended ({message}); --resume goes on"
-        elif not isinstance(error, ValueError | OSError):
+            message = f"torch.compile does not work here ({message}); leave --compile out"
+        elif debug or not isinstance(error, ValueError | OSError):
             raise
-        print(f"{program}: error: {printable(message)}", file=sys.stderr, flush=True)
-        if network:
-            os._exit(1)  # without destructors, which would wait for the process that has ended
+        print(f"{program}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, OptionError) else 1)
 
 
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what a console cannot show must not end a run
+        sys.stdout.reconfigure(errors="replace")  # a run must not end by what a console cannot show
     parser = Parser(prog="train.py", description="Train a Factorization Memory language model.")
     given = vars(parser.parse_args(argv))
     with one_line_errors(parser.prog, given.get("debug")):

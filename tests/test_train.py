@@ -12,7 +12,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 
 import train
 from data import prepare, tokenizer
-from fmem import FactorizationMemory, FMem, FMemConfig, load
+from fmem import FMem, FMemConfig, load
 
 ROOT = Path(train.__file__).parent
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
@@ -121,14 +120,11 @@ def fork(action, errors, environment=()):
 # --- resume
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_resume_is_bit_for_bit(number, settings, whole, tmp_path, monkeypatch):
+def test_a_signal_saves_and_resume_is_bit_for_bit(settings, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        before_step(patch, 10, lambda: signal.raise_signal(number))
+        before_step(patch, 10, lambda: signal.raise_signal(signal.SIGTERM))
         assert train.train({**settings, "out": str(out)})["step"] == 10
-    assert signal.getsignal(number) == handler
     assert read(out / "last.pt")["losses"]  # of the steps since the last log line
     with open(out / "log.csv", "a") as file:
         file.write("11,1056,3.0,1e-3,1,0,,,,0.5\n12,1")  # a kill: a row too many, and half a one
@@ -137,12 +133,17 @@ def test_a_signal_saves_and_resume_is_bit_for_bit(number, settings, whole, tmp_p
     assert_same_run(out, whole)
 
 
-def killed_again_and_again(given, kills, seconds, folder):
-    """Train in children that are killed after a random time each, then to the end."""
+@needs_fork
+@pytest.mark.parametrize("kills", [5, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(kills, settings, tmp_path):
+    """Children are killed after a random time each; the last one trains to the end.
+
+    There is a checkpoint at nearly every step, so that kills hit some that are half-written.
+    """
+    given = {**settings, "max_steps": 8 * kills, "eval_every": 2}
     rng = random.Random(kills)
-    errors = folder / "errors"
-    out = folder / "out"
-    statuses = set()
+    out = tmp_path / "out"
+    errors = tmp_path / "errors"
 
     def life():
         begun = (out / "last.pt").is_file()
@@ -150,27 +151,14 @@ def killed_again_and_again(given, kills, seconds, folder):
 
     for _ in range(kills):
         child = fork(life, errors)
-        time.sleep(rng.uniform(0.05, seconds))
-        os.kill(child, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
-        statuses.add(os.waitpid(child, 0)[1])
+        time.sleep(rng.uniform(0.05, 0.5))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         assert not errors.exists(), errors.read_text()
-    assert signal.SIGKILL in statuses
     assert os.waitpid(fork(life, errors), 0)[1] == 0, errors.read_text()
     assert not list(out.glob(".*.tmp"))
-    train.train({**given, "out": str(folder / "whole")})
-    assert_same_run(out, folder / "whole")
-
-
-@needs_fork
-def test_killed_at_any_moment(settings, tmp_path):
-    """A checkpoint at nearly every step, so that kills hit some that are half-written."""
-    killed_again_and_again({**settings, "max_steps": 40, "eval_every": 2}, 5, 0.4, tmp_path)
-
-
-@needs_fork
-@pytest.mark.slow
-def test_killed_forty_times(settings, tmp_path):
-    killed_again_and_again({**settings, "max_steps": 400, "eval_every": 2}, 40, 0.7, tmp_path)
+    train.train({**given, "out": str(tmp_path / "whole")})
+    assert_same_run(out, tmp_path / "whole")
 
 
 def test_a_second_signal_ends_at_once():
@@ -224,8 +212,6 @@ def test_what_cannot_be_resumed_gets_one_line(run, corpus, tmp_path, monkeypatch
     given = {"out": str(out), "resume": True, "device": "cpu"}
     with pytest.raises(ValueError, match="d_model"):
         train.train({**given, "d_model": 32})
-    with pytest.raises(ValueError, match="layer"):
-        train.train(given, layer=type("Other", (FactorizationMemory,), {}))
     other = tmp_path / "other"
     prepare.prepare(other, {"a": "to be or not to be " * 500}, corpus="another", vocab_size=300)
     with pytest.raises(ValueError, match="tokenizer"):
@@ -233,35 +219,22 @@ def test_what_cannot_be_resumed_gets_one_line(run, corpus, tmp_path, monkeypatch
     shutil.copy(out / "best.pt", out / "last.pt")
     with pytest.raises(ValueError, match="weights alone"):
         train.train(given)
-    torch.save({**read(run / "last.pt"), "format": "fmem checkpoint 1"}, out / "last.pt")
-    with pytest.raises(ValueError, match="this version"):
-        train.train(given)
     whole = bytearray((run / "last.pt").read_bytes())
     whole[len(whole) // 2] ^= 1
     (out / "last.pt").write_bytes(whole)
     with pytest.raises(ValueError, match="damaged"):
         train.train(given)
-    with pytest.raises(ValueError, match="no .*last.pt"):
+    with pytest.raises(ValueError, match="does not exist"):
         train.train({**given, "out": str(tmp_path / "nowhere")})
-    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_renamed_checkout_resumes_on_its_own_data(small, corpus, tmp_path, monkeypatch):
     """Nothing in a checkpoint is bound to a machine: no absolute path, no device."""
-
-    def strings(value):
-        if isinstance(value, dict):
-            return [s for part in value.items() for s in strings(part)]
-        if isinstance(value, list | tuple):
-            return [s for part in value for s in strings(part)]
-        return [value] if isinstance(value, str) else []
-
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(corpus, first / "data")
     monkeypatch.chdir(first)
     train.train({**small, "data": str(first / "data"), "max_steps": 2})  # out is the default one
     saved = read("out/last.pt")
-    assert not any(str(tmp_path) in s for s in strings(saved))
     assert saved["settings"]["data"] == "data" and "device" not in saved["settings"]
     monkeypatch.chdir(tmp_path)
     first.rename(second)
@@ -327,14 +300,6 @@ def test_a_log_that_another_program_wrote_is_set_aside(run, tmp_path):
     assert log(out)[: len(rows)] == rows and len(log(out)) > len(rows)
 
 
-def test_a_log_without_a_checkpoint_is_set_aside(small, tmp_path):
-    """Of a run that was killed before it could save."""
-    (tmp_path / "log.csv").write_text("step,tokens\n1,96\n")
-    train.train({**small, "out": str(tmp_path), "max_steps": 1})
-    (aside,) = tmp_path.glob("log-*.csv")
-    assert aside.read_text() == "step,tokens\n1,96\n"
-
-
 def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatch):
     losses = iter([4.0, 3.0, math.nan, 3.5, 1.0])  # after 5, 10, 15, 20 steps; at the end, of all
     columns = {"val_bpb": 1.0, "val_tokens": 1}
@@ -343,48 +308,32 @@ def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatc
     best, last = read(tmp_path / "best.pt"), read(tmp_path / "last.pt")
     assert (best["step"], best["val_loss"], last["best"]) == (10, 3.0, 3.0)
     assert same(best["model"], read(tmp_path / "step-10.pt")["model"])
-    assert set(best) == {
-        *("format", "config", "layer", "layer_arguments", "model"),
-        *("tokenizer", "corpus", "settings", "step", "val_loss"),
-    }
+    assert "optimizer" not in best and "log" not in best
     for name in ("best.pt", "last.pt"):
         model, rest = load(tmp_path / name)
         assert same(model.state_dict(), read(tmp_path / name)["model"]) and "model" not in rest
 
 
 @needs_fork
-@pytest.mark.parametrize("half", ["last.pt", "log.csv"])
-def test_a_full_disk_is_one_line(half, run, tmp_path):
-    """A limit on the size of files stands for the disk: in a checkpoint, and in the log."""
+def test_a_full_disk_is_one_line(run, tmp_path):
+    """A limit on the size of files stands for the disk."""
     resource = pytest.importorskip("resource", reason="limits on files are for Unix")
     out = tmp_path / "out"
     shutil.copytree(run, out)
     before = (out / "last.pt").read_bytes()
-    limit = len(before) // 2 if half == "last.pt" else (out / "log.csv").stat().st_size + 30
 
     def limited():
         sys.stderr = open(tmp_path / "said", "w")  # noqa: SIM115 (the child ends here)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with pytest.raises(OSError, match="File too large"):  # PyTorch raises something else
-            train.save({"large": torch.zeros(10**6)}, tmp_path / "large.pt")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
         with contextlib.suppress(SystemExit):
             train.main(["--resume", "--device=cpu", f"--out={out}", "--max_steps=40"])
         sys.stderr.close()
 
     os.waitpid(fork(limited, tmp_path / "errors"), 0)
-    assert not (tmp_path / "errors").exists()
     said = (tmp_path / "said").read_text()
     assert re.fullmatch(r"train.py: error: .*File too large.*\n", said), said
     assert (out / "last.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
-    done = train.train({"out": str(out), "resume": True, "device": "cpu", "max_steps": 22})
-    assert done["step"] == 22  # with room it goes on
-
-
-def test_keep_every(whole):
-    assert {path.name for path in whole.glob("step-*")} == {"step-8.pt", "step-16.pt"}
-    assert read(whole / "step-8.pt").keys() == read(whole / "last.pt").keys()
-    assert read(whole / "step-8.pt")["step"] == 8
 
 
 # --- the loop
@@ -392,9 +341,9 @@ def test_keep_every(whole):
 
 def test_seconds_end_the_schedule_and_resume_says_so(small, tmp_path, capsys):
     out = tmp_path / "out"
-    given = {"max_steps": 10**6, "seconds": 0.7, "eval_every": 10**5}
+    given = {"max_steps": 10**6, "seconds": 1.0, "eval_every": 10**5}
     done = train.train({**small, **given, "out": str(out)})
-    assert 0.7 <= done["seconds"] < 5 and 5 < done["step"] < 10**5
+    assert 1.0 <= done["seconds"] < 5 and 5 < done["step"] < 10**5
     rates = [rate for _, rate in column(out, "lr")]
     assert rates[-1] < 0.1 * max(rates)  # the cosine has come down to its end of 0.05
     capsys.readouterr()
@@ -405,8 +354,7 @@ def test_seconds_end_the_schedule_and_resume_says_so(small, tmp_path, capsys):
     assert more["step"] == done["step"] + 2
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_never_reaches_the_weights(value, small, tmp_path, monkeypatch, capsys):
+def test_what_is_not_finite_never_reaches_the_weights(small, tmp_path, monkeypatch):
     """Steps 4 and from 8 on have such a loss: each is skipped, three in a row end the run."""
     given = {**small, "out": str(tmp_path), "keep_every": 1, "max_skipped": 3, "eval_every": 100}
     true_loss = F.cross_entropy
@@ -414,7 +362,7 @@ def test_what_is_not_finite_never_reaches_the_weights(value, small, tmp_path, mo
 
     def cross_entropy(*args, **options):
         number = next(numbers)
-        return true_loss(*args, **options) * (1 if number < 4 or 4 < number < 8 else value)
+        return true_loss(*args, **options) * (1 if number < 4 or 4 < number < 8 else math.nan)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.F, "cross_entropy", cross_entropy)
@@ -431,21 +379,9 @@ def test_what_is_not_finite_never_reaches_the_weights(value, small, tmp_path, mo
     assert resumed["step"] == 20 and not same(resumed["model"], last["model"])
 
 
-def test_a_run_without_a_step_taken_resumes_as_new(small, tmp_path, monkeypatch):
-    """Its optimiser has no moments, and must not get any by being saved."""
-    given = {**small, "out": str(tmp_path), "max_steps": 4, "eval_every": 2}
-    true_loss = F.cross_entropy
-    with monkeypatch.context() as patch:
-        patch.setattr(F, "cross_entropy", lambda *a, **b: true_loss(*a, **b) * math.nan)
-        train.train(given)
-    assert read(tmp_path / "last.pt")["optimizer"] == {}
-    done = train.train({"out": str(tmp_path), "resume": True, "device": "cpu", "max_steps": 6})
-    assert all(state["step"] == 2 for state in done["optimizer"]["state"].values())
-
-
-@pytest.mark.parametrize("counts", [(24, 24, 24, 24), (24, 3, 0, 1)])
-def test_micro_batches_change_nothing(counts, small, tmp_path):
+def test_micro_batches_change_nothing(small, tmp_path):
     """Not even where windows differ in how many of their targets count: to rounding."""
+    counts = (24, 3, 0, 1)
 
     class Some(train.Text):
         def targets(self, windows):
@@ -461,27 +397,6 @@ def test_micro_batches_change_nothing(counts, small, tmp_path):
         for name, rel in (("train_loss", 1e-5), ("grad_norm", 1e-4)):
             want = [(i, pytest.approx(v, rel=rel)) for i, v in column(tmp_path / "4", name)]
             assert column(out, name) == want
-    task = Some(train.Settings(**given))
-    torch.manual_seed(1337)
-    model = FMem(train.model_config(train.Settings(**given), task.vocab_size))
-    windows = task.windows(0, 4)
-    logits, _ = model(windows[:, :-1])
-    loss = F.cross_entropy(logits.flatten(0, 1), task.targets(windows).flatten()).item()
-    assert column(tmp_path / "4", "train_loss")[0] == (1, pytest.approx(loss, rel=1e-6))
-
-
-def test_dropout_is_another_in_every_step_and_process(small, tmp_path, monkeypatch):
-    seeds = []
-    windows = train.Text.windows
-
-    def noted(self, first, count):
-        seeds.append(torch.initial_seed())
-        return windows(self, first, count)
-
-    monkeypatch.setattr(train.Text, "windows", noted)
-    train.train({**small, "out": str(tmp_path), "max_steps": 3})
-    want = [np.random.SeedSequence([1337, step, 0]).generate_state(1)[0] for step in range(3)]
-    assert seeds == want and len(set(seeds)) == 3
 
 
 def test_bf16_leads_where_float32_leads(small, run, tmp_path):
@@ -490,37 +405,6 @@ def test_bf16_leads_where_float32_leads(small, run, tmp_path):
     # 8 bits of mantissa: 0.4 % per product, less in the mean of a batch
     want = [(step, pytest.approx(loss, rel=5e-3)) for step, loss in column(run, "train_loss")]
     assert column(tmp_path, "train_loss") == want
-
-
-def test_another_layer_and_another_task(small, tmp_path):
-    class Doubled(FactorizationMemory):
-        def __init__(self, config, times):
-            super().__init__(config)
-            self.times = times
-
-        def forward(self, x, h=None):
-            y, h = super().forward(x, h)
-            return self.times * y, h
-
-    class Backwards(train.Text):
-        tokenizer = None
-        columns = ("val_right",)
-
-        def __init__(self, settings):
-            super().__init__(settings)
-            self.tokenizer = None
-
-        def targets(self, windows):
-            return windows[:, :-1]
-
-        def validate(self, *arguments):
-            return 1.5, "", {"val_right": 0.25}
-
-    given = {**small, "out": str(tmp_path), "max_steps": 2}
-    done = train.train(given, layer=Doubled, layer_arguments={"times": 2.0}, task=Backwards)
-    assert (done["layer"], done["layer_arguments"]) == ("Doubled", {"times": 2.0})
-    assert done["tokenizer"] is None and done["val_loss"] == 1.5
-    assert column(tmp_path, "val_right") == [(2, 0.25), (2, 0.25)]
 
 
 # --- several processes
@@ -543,12 +427,11 @@ def in_processes(world, given, folder):
 
 
 @needs_fork
-@pytest.mark.parametrize("micro", [3, 1])
-def test_any_number_of_processes_is_one_run(micro, small, tmp_path, monkeypatch):
+def test_any_number_of_processes_is_one_run(small, tmp_path, monkeypatch):
     """One process, then two, then two between which the model is split, then one again: the losses
     of one process, to 1e-5, which is what float32 loses by sums in another order."""
     given = {**small, "dropout": 0.0, "batch_size": 6, "max_steps": 8, "eval_every": 2}
-    given |= {"micro_batch": micro, "d_memory": 24}
+    given |= {"micro_batch": 1, "d_memory": 24}
     train.train({**given, "out": str(tmp_path / "one")})
     given["out"] = str(tmp_path / "n")
     for step, world, fsdp in ((2, 1, False), (4, 2, False), (6, 2, True), (8, 1, False)):
@@ -571,85 +454,17 @@ def test_any_number_of_processes_is_one_run(micro, small, tmp_path, monkeypatch)
         assert torch.allclose(weight, n["model"][name], rtol=0, atol=1e-4)
 
 
-@needs_fork
-def test_processes_that_cannot_be(small, tmp_path, monkeypatch):
-    with pytest.raises(train.OptionError, match="torchrun"):
-        train.train({**small, "out": str(tmp_path), "fsdp": True})
-    with pytest.raises(AssertionError, match="--batch_size"):
-        in_processes(2, {**small, "out": str(tmp_path), "batch_size": 3}, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
-@pytest.mark.parametrize("options", [[], ["--fsdp"]])
-def test_a_dead_process_ends_the_run_which_resumes(options, small, tmp_path):
-    """With torchrun itself."""
-    out = tmp_path / "out"
-    given = [f"--{name}={value}" for name, value in small.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    command += ["2", str(ROOT / "train.py"), *options, f"--out={out}", *given]
-    run = subprocess.Popen(
-        [*command, "--max_steps=1000000"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        while not (out / "best.pt").exists():
-            assert run.poll() is None
-            time.sleep(0.1)
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        errors = run.communicate(timeout=60)[1]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-    assert run.returncode and "another process of this run has ended" in errors
-    step = read(out / "last.pt")["step"] + 1
-    subprocess.run([*command, "--resume", f"--max_steps={step}"], check=True)
-    assert read(out / "last.pt")["step"] == step
-
-
 # --- device, errors, settings
 
 
-def test_a_device_without_float64_is_left_for_the_cpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
-    device, why = train.pick_device("auto")
-    assert device.type == "cpu" and "float64" in why
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    device, why = train.pick_device("auto")
-    assert device.type == "cpu" and "GPU" in why
-    for name in ("gpu", "cuda:99", "mps"):
-        with pytest.raises(train.OptionError, match=f"--device {name}"):
-            train.pick_device(name)
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps"])
+def test_a_device_that_is_not_here_is_an_option_error(name):
+    with pytest.raises(train.OptionError, match=f"--device {name}"):
+        train.pick_device(name)
 
 
-def test_bf16_is_the_default_on_nvidia_from_ampere_on(monkeypatch):
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert train.pick_dtype("auto", gpu)[0] == dtype
-        assert train.pick_dtype("bf16", gpu)[0] == torch.bfloat16
-    monkeypatch.setattr(torch.version, "cuda", None)  # ROCm
-    assert train.pick_dtype("auto", gpu)[0] == torch.float32
-    assert train.pick_dtype("auto", torch.device("cpu"))[0] == torch.float32
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    ],
-)
-def test_too_little_memory_is_one_line_and_nothing_is_retried(
-    error, small, tmp_path, monkeypatch, capsys
-):
+def test_too_little_memory_is_one_line_and_nothing_is_retried(small, tmp_path, monkeypatch, capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
     calls = []
 
     def forward(*arguments):
@@ -664,41 +479,15 @@ def test_too_little_memory_is_one_line_and_nothing_is_retried(
     assert all(name in errors for name in ("--micro_batch", "--recompute", "--context"))
 
 
-def test_a_failing_compiler_is_one_line(small, tmp_path, monkeypatch, capsys):
-    def broken(graph, inputs):
-        raise FileNotFoundError("no compiler here")
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
-    with pytest.raises(SystemExit) as exit:
-        train.main([*options(small, tmp_path), "--compile"])
-    errors = capsys.readouterr().err
-    assert exit.value.code == 1 and errors.count("\n") == 1 and "--compile" in errors
-
-
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         train.main(["--debug", "--data", "nowhere", "--out", str(tmp_path), "--device", "cpu"])
 
 
 BAD = [
-    *(
-        "--learning_rate=1",
-        "--max-steps=1",
-        "--max_steps=many",
-        "--max_steps=0",
-        "--lr=x",
-        "--lr=nan",
-    ),
-    *("--lr=inf", "--seed=-1", "--beta2=1", "--k_rows=99", "--tau=0", "--d_model=0", "--scan=slow"),
-    *(
-        "--d_model=1000000000000",
-        "--dropout=1",
-        "--device=gpu",
-        "--dtype=int8",
-        "--context=9999999",
-    ),
-    *("--preset=tpu", "--micro_batch=0", "--seconds=0", "--resume", "--fsdp"),
-    *("--data=nowhere", "--data=\x1b[2J"),
+    *("--learning_rate=1", "--max-steps=1", "--max_steps=many", "--max_steps=0", "--lr=nan"),
+    *("--k_rows=99", "--scan=slow", "--dtype=int8", "--device=gpu", "--preset=tpu"),
+    *("--context=9999999", "--data=nowhere", "--data=\x1b[2J"),
 ]
 
 
@@ -721,11 +510,6 @@ def test_settings_are_given_or_resumed_or_of_the_preset():
     assert (settled.preset, settled.d_model, settled.lr, settled.n_layer) == ("gpu", 8, 2.0, 8)
 
 
-def test_the_command_line_gives_what_it_has():
-    given = vars(train.Parser().parse_args(["--max_steps=7", "--no-tie_embeddings", "--lr", "1"]))
-    assert given == {"max_steps": 7, "tie_embeddings": False, "lr": 1.0}
-
-
 # --- learning rate, optimiser, the default task
 
 
@@ -739,8 +523,8 @@ def test_learning_rate():
 
 def test_matrices_of_the_layers_decay_and_nothing_else():
     model = FMem(FMemConfig(50, n_layer=2, d_model=16, n_rows=8, k_rows=2))
-    groups = train.make_optimizer(model, train.Settings(), torch.device("cpu")).param_groups
-    decayed, free = groups
+    optimizer = train.make_optimizer(model, train.Settings(), torch.device("cpu"))
+    decayed, free = optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
     kinds = sorted(names[id(p)].split(".")[-2] for p in free["params"])
@@ -748,26 +532,26 @@ def test_matrices_of_the_layers_decay_and_nothing_else():
     assert len(decayed["params"]) == 2 * 8
 
 
-@pytest.mark.parametrize("n, context", [(1000, 24), (25, 24), (49, 24), (30, 1)])
+@pytest.mark.parametrize("n, context", [(1000, 24), (25, 24)])
 def test_an_epoch_reads_the_text_once(n, context, corpus, monkeypatch):
     loaded = prepare.load(corpus)
     monkeypatch.setattr(prepare, "load", lambda folder: (np.arange(n), *loaded[1:]))
     task = train.Text(train.Settings(context=context, seed=1, data="numbers"))
-    windows = task.windows(0, 2 * task.per_epoch)
+    windows = task.windows(0, 2 * task.windows_per_epoch)
     assert (windows == windows[:, :1] + torch.arange(context + 1)).all()  # each a piece of it
-    for epoch in windows.split(task.per_epoch):
+    for epoch in windows.split(task.windows_per_epoch):
         targets = task.targets(epoch).flatten().tolist()
         assert len(set(targets)) == len(targets) >= n - 2 * context  # none twice, few left out
-    for number in (task.per_epoch, 0):  # a window is a function of its number, not of those before
+    for number in (
+        task.windows_per_epoch,
+        0,
+    ):  # a window is a function of its number, not of those before
         assert torch.equal(task.windows(number, 1)[0], windows[number])
-    rng = np.random.default_rng([1, 1])  # of the seed and the epoch: an offset, then an order
-    offset = rng.integers(min(context, n - context))
-    assert windows[task.per_epoch, 0] == offset + rng.permutation(task.per_epoch)[0] * context
     with pytest.raises(ValueError, match="--context"):
         train.Text(train.Settings(context=n, data="numbers"))
 
 
-@pytest.mark.parametrize("count, limit", [(1, None), (2, None), (7, 100), (3, 48)])
+@pytest.mark.parametrize("count, limit", [(2, None), (7, 100)])
 def test_validation_counts_every_token_once(count, limit, corpus):
     task = train.Text(train.Settings(data=str(corpus), context=24))
     task.val = task.val[:130]  # five windows of 24 and one of 9
@@ -786,20 +570,6 @@ def test_validation_counts_every_token_once(count, limit, corpus):
     size = sum(len(pieces[token]) for token in tokens[1:])
     assert columns["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert columns["val_tokens"] == len(tokens) - 1
-
-
-def test_the_default_corpus_is_made_once(corpus, tmp_path, monkeypatch):
-    made = []
-
-    def make():
-        made.append(tmp_path)
-        shutil.copytree(corpus, tmp_path / "default")
-
-    monkeypatch.setattr(prepare, "DEFAULT", tmp_path / "default")
-    monkeypatch.setattr(prepare, "prepare", make)
-    for _ in range(2):
-        assert train.Text(train.Settings(context=24)).corpus == "a test corpus"
-    assert len(made) == 1
 
 
 def test_the_losses_are_drawn(run):
