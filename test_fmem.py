@@ -147,7 +147,7 @@ def test_chunked_is_the_loop(T, sharp, k):
     assert_close(FLOAT32_ERROR, got, want)
 
 
-@pytest.mark.parametrize("theta", [0.0, 1e-30, 0.5, 1 - 1e-4, 1 - 1e-7, 1.0])
+@pytest.mark.parametrize("theta", [0.0, 0.5, 1 - 1e-4, 1 - 1e-7, 1.0])
 def test_chunked_where_every_theta_is_the_same(theta):
     """1: every row is the last xbar, in whole chunks. 0: nothing moves."""
     inputs = scan_inputs(70)
@@ -214,6 +214,12 @@ def test_recompute_changes_nothing():
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 33, 4, 1), (2, 5, 33, 40)]  # the last needs two blocks
 
 
+def loop_recurrence(keep, write, first):
+    """fmem.recurrence without the kernel, on a GPU too."""
+    before, last = fmem.recurrence(keep.cpu(), write.cpu(), first.cpu())
+    return before.to(write.device), last.to(write.device)
+
+
 def recurrence_inputs(G, T, m, d):
     keep = torch.rand(G, T, m, dtype=torch.float64)
     keep[:, ::3] = 0.0
@@ -223,13 +229,12 @@ def recurrence_inputs(G, T, m, d):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_is_the_recurrence(shape, dtype):
+def test_kernel_is_the_recurrence(shape):
     inputs = recurrence_inputs(*shape)
-    want = with_gradients(fmem.recurrence, [v.cpu() for v in inputs])
-    got = with_gradients(kernel.recurrence, inputs, dtype)
-    assert_close(LOOP_ERROR if dtype == torch.float64 else FLOAT32_ERROR, got, want)
+    want = with_gradients(loop_recurrence, inputs)
+    assert_close(LOOP_ERROR, with_gradients(kernel.recurrence, inputs), want)
+    assert_close(FLOAT32_ERROR, with_gradients(kernel.recurrence, inputs, torch.float32), want)
 
 
 @needs_triton
@@ -374,19 +379,6 @@ def test_autocast_rounds_products_alone():
     assert y.dtype == torch.bfloat16
     assert error(y, want_y) < 1e-2  # q, A, H and y are rounded to 8 bits
     assert error(hT, want_h) < 1e-2
-
-
-def test_overfits_one_batch():
-    model = FMem(tiny(d_model=32, d_memory=32))
-    tokens = torch.randint(50, (4, 33))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        logits, _ = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.1  # it begins at log 50 = 3.9
 
 
 def test_config_says_what_is_wrong():

@@ -17,6 +17,7 @@ from test_fmem import (
     assert_close,
     error,
     kernel,
+    loop_recurrence,
     recurrence_inputs,
     scan_inputs,
     with_gradients,
@@ -27,21 +28,14 @@ pytestmark = pytest.mark.skipif(kernel is None, reason="Triton is not installed"
 
 
 @pytest.mark.parametrize("position", [0, 1])
-def test_kernel_gradient_of_one_output_alone(position):
-    leaves = [v.to(DEVICE).requires_grad_() for v in recurrence_inputs(2, 7, 3, 5)]
-    got = torch.autograd.grad(kernel.recurrence(*leaves)[position].sum(), leaves)
-    keep, write, first = (v.detach().cpu().requires_grad_() for v in leaves)
-    want = torch.autograd.grad(
-        fmem.recurrence(keep, write, first)[position].sum(), (keep, write, first)
-    )
-    assert_close(LOOP_ERROR, [g.cpu() for g in got], want)
-
-
-def test_kernel_takes_any_strides():
+def test_gradient_of_one_output_alone_and_any_strides(position):
     inputs = recurrence_inputs(3, 7, 4, 5)
-    inputs = [v.to(DEVICE) for v in inputs]
     strided = [v.transpose(0, 1).contiguous().transpose(0, 1) for v in inputs]
-    assert_close(LOOP_ERROR, kernel.recurrence(*strided), kernel.recurrence(*inputs))
+    gradients = []
+    for recurrence, values in ((kernel.recurrence, strided), (loop_recurrence, inputs)):
+        leaves = [v.to(DEVICE).detach().requires_grad_() for v in values]
+        gradients.append(torch.autograd.grad(recurrence(*leaves)[position].sum(), leaves))
+    assert_close(LOOP_ERROR, *gradients)
 
 
 @pytest.mark.parametrize("types", [*itertools.product([torch.float32, torch.bfloat16], repeat=3)])
@@ -52,7 +46,7 @@ def test_kernel_dtypes(types):
     before, last = kernel.recurrence(*leaves)
     assert before.dtype == types[1]
     assert last.dtype == torch.float32
-    want_before, want_last = fmem.recurrence(*(v.detach().cpu().double() for v in leaves))
+    want_before, want_last = loop_recurrence(*(v.detach().cpu().double() for v in leaves))
     assert error(last.cpu(), want_last) < FLOAT32_ERROR
     assert error(before.cpu(), want_before) < (
         4e-3 if types[1] == torch.bfloat16 else FLOAT32_ERROR
