@@ -2,18 +2,18 @@
 
 import contextlib
 import csv
-import itertools
 import json
 import math
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fmem
-from fmem import FactorizationMemory, FMem, FMemConfig, copy_state, scan_loop
+from fmem import FMem, FMemConfig, copy_state, scan_loop
 from lab import evaluate, tasks
 from lab import train as lab_train
 from lab.layers import Attention, ExtendedMemory, Mamba2
@@ -22,14 +22,12 @@ from lab.tasks import TASKS, score
 CPU = torch.device("cpu")
 
 EXTENSIONS = {
-    "shift": (ExtendedMemory, {"shift": True}),
     "conv, gate": (ExtendedMemory, {"conv": 3, "gate": True}),
     "shared row": (ExtendedMemory, {"shared_row": True}),
     "all": (ExtendedMemory, {"conv": 3, "gate": True, "shared_row": True, "shift": True}),
 }
 LAYERS = {
-    "attention": (Attention, {"n_head": 4, "n_kv_head": 2}),
-    "attention, conv": (Attention, {"n_head": 2, "conv": 4}),
+    "attention": (Attention, {"n_head": 2, "n_kv_head": 1, "conv": 4}),
     "mamba2": (Mamba2, {"n_head": 2, "d_state": 5}),
     **EXTENSIONS,
 }
@@ -56,9 +54,6 @@ def layer64(name):
 
 def error(got, want):
     return ((got - want).norm() / want.norm()).item()
-
-
-# ---- Layers
 
 
 def conv_reference(conv, x):
@@ -118,10 +113,9 @@ def test_extended_memory_is_its_equations(name):
     assert error(y, want) < TOLERANCE[ExtendedMemory]
     leaves = [x, *layer.parameters()]
     gradients = torch.autograd.grad(y.square().sum(), leaves)
-    for got, wanted in zip(
-        gradients, torch.autograd.grad(want.square().sum(), leaves), strict=True
-    ):
-        assert error(got, wanted) < TOLERANCE[ExtendedMemory]
+    wanted = torch.autograd.grad(want.square().sum(), leaves)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert error(a, b) < TOLERANCE[ExtendedMemory]
 
 
 @pytest.mark.parametrize("conv", [0, 4])
@@ -147,20 +141,16 @@ def test_mamba2_is_that_of_transformers():
     mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     ours = Mamba2(tiny(d_model=32), n_head=4, d_state=16).double()
     ours.init_weights(lambda w, scale=1.0: torch.nn.init.normal_(w, std=w.shape[1] ** -0.5), 1.0)
-    config = mamba2.Mamba2Config(
-        hidden_size=32, num_heads=4, head_dim=16, state_size=16, n_groups=1
-    )
+    sizes = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 1}
+    config = mamba2.Mamba2Config(**sizes)
     theirs = mamba2.Mamba2Mixer(config, 0).double()
-    names = {
-        "W_in.weight": "in_proj.weight",
-        "conv.weight": "conv1d.weight",
-        "conv.bias": "conv1d.bias",
-        "delta_bias": "dt_bias",
-        "W_o.weight": "out_proj.weight",
-    }
-    weights = {names.get(name, name): weight for name, weight in ours.state_dict().items()}
+    weights = ours.state_dict()
+    weights["dt_bias"] = weights.pop("delta_bias")
+    weights["in_proj.weight"] = weights.pop("W_in.weight")
+    weights["out_proj.weight"] = weights.pop("W_o.weight")
+    weights["conv1d.bias"] = weights.pop("conv.bias")
     # PyTorch's convolution multiplies the oldest token by its first weight, ours by its last.
-    weights["conv1d.weight"] = weights["conv1d.weight"].flip(1)[:, None]
+    weights["conv1d.weight"] = weights.pop("conv.weight").flip(1)[:, None]
     theirs.load_state_dict(weights)
     x = torch.randn(2, 37, 32, dtype=torch.float64)
     assert error(ours(x)[0], theirs(x)) < 2e-6
@@ -195,11 +185,9 @@ def test_only_steps_without_gradients_change_a_state():
     layer = layer64("attention")
     x = torch.randn(2, 30, 16, dtype=torch.float64)
     with torch.no_grad():
-        whole, _ = layer(x)
         _, state = layer(x[:, :20])
         for t in range(20, 25):
-            y, state = layer.step(x[:, t], state)
-            assert error(y, whole[:, t]) < TOLERANCE[Attention]
+            _, state = layer.step(x[:, t], state)
         before = copy_state(state)
         layer(x[:, 25:], state)
         layer.step(x[:, 0], copy_state(state))
@@ -216,19 +204,6 @@ def test_bf16_autocast_stays_near_float32(name):
         y, state = layer(x[:, :30])
         z, _ = layer(x[:, 30:], state)
     assert error(torch.cat([y, z], 1).float(), want) < 0.05
-
-
-def test_mamba2_starts_as_its_authors_start_it():
-    layer = Mamba2(tiny(d_model=2048))
-    layer.init_weights(lambda weight, scale=1.0: None, 1.0)
-    delta = F.softplus(layer.delta_bias)
-    A = layer.A_log.exp()
-    assert delta.min() >= 0.99e-3 and delta.max() <= 0.101
-    assert 0.005 < delta.median() < 0.02  # log-uniform
-    assert A.min() >= 1 and A.max() <= 16 and 6 < A.mean() < 11
-
-
-# ---- Recall tasks
 
 
 def make_task(name, context, seed=3):
@@ -250,7 +225,6 @@ def test_associative_recall_asks_for_any_key_at_any_time():
     task = make_task("mqar", 64)
     windows = task.windows(0, 200)
     sizes = set()
-    repeats = []
     for window, targets in zip(windows.tolist(), task.targets(windows).tolist(), strict=True):
         ask = window.index(tasks.ASK)
         pairs = dict(zip(window[:ask:2], window[1:ask:2], strict=True))
@@ -259,12 +233,7 @@ def test_associative_recall_asks_for_any_key_at_any_time():
         asked = window[ask + 1 : -1 : 2]
         answers = [target for target in targets if target >= 0]
         assert answers == [pairs[key] for key in asked] == targets[ask + 1 :: 2]
-        if len(pairs) == 4:
-            repeats += [a == b for a, b in itertools.pairwise(asked)]
     assert sizes == {4, 8, 16}
-    # A key follows itself as often as any of the four; five standard errors.
-    deviation = (3 / 16 / len(repeats)) ** 0.5
-    assert sum(repeats) / len(repeats) == pytest.approx(1 / 4, abs=5 * deviation)
 
 
 def test_passkey_is_somewhere_before_the_question():
@@ -286,36 +255,18 @@ def oracle(tokens, state=None):
     return F.one_hot(tokens.roll(-1, 1), tasks.VOCAB_SIZE).float(), None
 
 
-def test_score_is_right_in_pieces_too(monkeypatch):
-    model = FMem(tiny()).eval()
-    inputs = torch.randint(50, (3, 20))
-    logits = model(inputs)[0].detach()
-    targets = logits.argmax(-1)
-    targets[:, 1::2] = torch.randint(50, (3, 10))
-    targets[:, :5] = -100
-    monkeypatch.setattr(tasks, "TOKENS_AT_ONCE", 7)
-    nats, right = score(model, inputs, targets, CPU)
-    assert torch.equal(right, logits.argmax(-1) == targets)
-    want = F.cross_entropy(logits.mT, targets, reduction="none").double()
-    torch.testing.assert_close(nats, want, rtol=1e-5, atol=1e-6)
-
-
 def test_validation_counts_every_answer_once():
     """Two processes with three windows at a time validate ten: the sums are those of the ten."""
     task = make_task("mqar", 16)
     windows = task.windows(0, 10, held_out=True)
     targets = task.targets(windows)
     nats, right = score(oracle, windows[:, :-1], targets, CPU)
-    sums = []
-
-    def keep(*numbers):
-        sums.append(numbers)
-        return numbers
-
+    keep = Mock(side_effect=lambda *numbers: numbers)
     for rank in (0, 1):
         processes = SimpleNamespace(rank=rank, world=2, device=CPU, sum=keep)
         task.validate(oracle, 160, 3, processes, contextlib.nullcontext)
     want = [nats.sum().item(), right.sum().item(), (targets >= 0).sum().item()]
+    sums = [call.args for call in keep.call_args_list]
     assert [sum(both) for both in zip(*sums, strict=True)] == pytest.approx(want)
 
 
@@ -330,11 +281,9 @@ def test_recall_by_pairs_and_by_distance():
     assert [r["right"] for r in results] == pytest.approx(right)
 
 
-# ---- Evaluation of text
-
-
-def test_loss_by_position_and_beyond_the_training_length():
-    """Of a model whose loss falls after 32 tokens of a window."""
+def test_loss_by_position_and_beyond_the_training_length(monkeypatch):
+    """Of a model whose loss falls after 32 tokens of a window, which it reads in pieces."""
+    monkeypatch.setattr(tasks, "TOKENS_AT_ONCE", 7)
 
     def model(tokens, state=None):
         position = (state or 0) + torch.arange(1, tokens.shape[1] + 1)
@@ -345,8 +294,7 @@ def test_loss_by_position_and_beyond_the_training_length():
     near = math.log(2)
     far = math.log(1 + math.exp(-2))
     _, *positions = evaluate.loss_by_position(model, tokens, 60, 1000, CPU)
-    bounds = [(r["from"], r["to"]) for r in positions]
-    assert bounds == [(1, 8), (9, 16), (17, 32), (33, 60)]
+    assert [(r["from"], r["to"]) for r in positions] == [(1, 8), (9, 16), (17, 32), (33, 60)]
     assert [r["nats"] for r in positions] == pytest.approx([near, near, near, far])
     results = list(evaluate.loss_beyond(model, tokens, 32, 8, CPU))
     assert [r["length"] for r in results] == [32, 64, 128, 256]
@@ -373,9 +321,6 @@ def test_routing_leaves_out_the_row_that_every_token_writes():
     assert all(r["eta"] == pytest.approx(0.5) for r in results)  # as it starts
     with pytest.raises(ValueError, match="Attention has none"):
         list(evaluate.routing(FMem(tiny(), Attention), torch.zeros(24), 24, CPU))
-
-
-# ---- The commands
 
 
 @pytest.fixture(scope="module")
@@ -414,12 +359,6 @@ def test_run_is_resumed_exactly(recall_run, options, tmp_path):
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
 
 
-def test_layer_of_the_options():
-    assert lab_train.pick_layer("memory", {"conv": 0}) == (FactorizationMemory, {})
-    extended = {"shared_row": True, "conv": 3}
-    assert lab_train.pick_layer("memory", extended) == (ExtendedMemory, extended)
-
-
 def test_evaluation_of_a_text(run, capsys):
     """The loss is that of the training."""
     options = "--loss --long --routing --times 4 --tokens 300 --device cpu"
@@ -438,14 +377,11 @@ def test_commands_say_what_is_wrong(run, recall_run, tmp_path, capsys):
     recall = str(recall_run / "last.pt")
     for main, arguments, code, message in [
         (evaluate.main, [text], 2, "nothing to measure"),
-        (evaluate.main, [str(tmp_path / "no.pt"), "--loss"], 1, "does not exist"),
         (evaluate.main, [text, "--recall"], 1, "--recall is for models of mqar"),
         (evaluate.main, [recall, "--loss"], 1, "reads no text"),
         (evaluate.main, [text, "--long", "--times", "99999"], 1, "at most"),
         (lab_train.main, ["--layer", "mamba2", "--gate"], 2, "--gate is not an option"),
         (lab_train.main, ["--layer", "mamba2", "--d_state", "999"], 1, "set d_mlp"),
-        (lab_train.main, ["--layer", "attention", "--n_head", "5"], 1, "must divide d_model"),
-        (lab_train.main, ["--data", "mqar", "--context", "15"], 2, "at least 16"),
     ]:
         if main is lab_train.main:
             arguments = [*arguments, "--device", "cpu", "--out", str(tmp_path / "out")]

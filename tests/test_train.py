@@ -12,10 +12,10 @@ import shlex
 import shutil
 import signal
 import socket
-import sys
 import time
 import traceback
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,9 +24,10 @@ import torch.nn.functional as F
 
 import train
 from data import prepare, tokenizer
-from fmem import FMem, FMemConfig, load
+from fmem import FMem, FMemConfig
 
-ROOT = Path(train.__file__).parent
+# Log lines, evaluations and kept checkpoints fall on different steps.
+UNEVEN = {"log_every": 3, "eval_every": 5, "keep_every": 8}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
 
 
@@ -47,14 +48,10 @@ def column(folder, name):
 
 
 def same(a, b):
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+    """Bit for bit, also in dicts of tensors."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def assert_same_run(folder, whole):
@@ -64,23 +61,8 @@ def assert_same_run(folder, whole):
     for name in names:
         a, b = read(folder / name), read(whole / name)
         assert a.keys() == b.keys()
-        for part in a.keys() - {"seconds", "log"}:
-            assert same(a[part], b[part]), (name, part)
+        assert all(same(a[part], b[part]) for part in a.keys() - {"seconds", "log"}), name
     assert log(folder) == log(whole)
-
-
-@pytest.fixture(scope="module")
-def settings(small):
-    """A run whose log lines, evaluations and kept checkpoints fall on different steps."""
-    return {**small, "log_every": 3, "eval_every": 5, "keep_every": 8}
-
-
-@pytest.fixture(scope="module")
-def whole(settings, tmp_path_factory):
-    """The folder of such a run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    train.train({**settings, "out": str(folder)})
-    return folder
 
 
 def before_step(monkeypatch, step, action, batch_size=4):
@@ -117,33 +99,29 @@ def fork(action, errors, environment=()):
     return child
 
 
-# --- resume
-
-
-def test_a_signal_saves_and_resume_is_bit_for_bit(settings, whole, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def test_a_signal_saves_and_the_hint_resumes_bit_for_bit(small, tmp_path, monkeypatch, capsys):
+    """In a folder whose name needs quotes, after what a kill may leave in the log."""
+    settings = {**small, **UNEVEN}
+    out = tmp_path / "my run"
     with monkeypatch.context() as patch:
         before_step(patch, 10, lambda: signal.raise_signal(signal.SIGTERM))
         assert train.train({**settings, "out": str(out)})["step"] == 10
+    hint = re.search(r"python train\.py (--resume.*?) goes on", capsys.readouterr().out)[1]
     assert read(out / "last.pt")["losses"]  # of the steps since the last log line
     with open(out / "log.csv", "a") as file:
-        file.write("11,1056,3.0,1e-3,1,0,,,,0.5\n12,1")  # a kill: a row too many, and half a one
-    done = train.train({"out": str(out), "resume": True, "device": "cpu"})
-    assert done["step"] == 20
-    assert_same_run(out, whole)
+        file.write("11,1056,3.0,1e-3,1,0,,,,0.5\n12,1")  # a row too many, and half a one
+    train.main([*shlex.split(hint), "--device=cpu"])
+    train.train({**settings, "out": str(tmp_path / "whole")})
+    assert_same_run(out, tmp_path / "whole")
 
 
 @needs_fork
 @pytest.mark.parametrize("kills", [5, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_at_any_moment(kills, settings, tmp_path):
-    """Children are killed after a random time each; the last one trains to the end.
-
-    There is a checkpoint at nearly every step, so that kills hit some that are half-written.
-    """
-    given = {**settings, "max_steps": 8 * kills, "eval_every": 2}
+def test_killed_at_any_moment(kills, small, tmp_path):
+    """There is a checkpoint at nearly every step, so that kills hit some that are half-written."""
+    given = {**small, **UNEVEN, "max_steps": 8 * kills, "eval_every": 2}
     rng = random.Random(kills)
-    out = tmp_path / "out"
-    errors = tmp_path / "errors"
+    out, errors = tmp_path / "out", tmp_path / "errors"
 
     def life():
         begun = (out / "last.pt").is_file()
@@ -169,17 +147,6 @@ def test_a_second_signal_ends_at_once():
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_the_hint_after_a_stop_goes_on(small, tmp_path, monkeypatch, capsys):
-    """Also where the folder's name needs quotes."""
-    out = tmp_path / "my run"
-    with monkeypatch.context() as patch:
-        before_step(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
-        train.train({**small, "out": str(out)})
-    hint = re.search(r"python (train\.py --resume.*?)(;| goes on|$)", capsys.readouterr().out)[1]
-    train.main([*shlex.split(hint)[1:], "--device=cpu", "--max_steps=5"])
-    assert read(out / "last.pt")["step"] == 5
-
-
 def test_resume_with_another_batch_size_repeats_and_skips_nothing(small, tmp_path, monkeypatch):
     numbers = []
     windows = train.Text.windows
@@ -196,17 +163,24 @@ def test_resume_with_another_batch_size_repeats_and_skips_nothing(small, tmp_pat
     assert column(out, "tokens")[-1] == (5, 24 * 24)
 
 
-def test_resume_takes_new_rates_and_keeps_the_moments(run, tmp_path):
-    shutil.copytree(run, tmp_path / "out")
-    given = {"out": str(tmp_path / "out"), "resume": True, "device": "cpu", "max_steps": 21}
+def test_resume_takes_new_rates_and_keeps_the_moments_and_a_foreign_log(run, tmp_path):
+    """Another program wrote its own log.csv: it is set aside, and the run has its rows again."""
+    out = tmp_path / "out"
+    shutil.copytree(run, out)
+    foreign = (run / "log.csv").read_bytes().replace(b",", b";").replace(b"\n", b"\r\n")
+    (out / "log.csv").write_bytes(foreign)
+    given = {"out": str(out), "resume": True, "device": "cpu", "max_steps": 21}
     done = train.train({**given, "weight_decay": 0.5, "beta2": 0.5})
     groups = done["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert all(group["betas"] == (0.9, 0.5) for group in groups)
     assert all(state["step"] == 21 for state in done["optimizer"]["state"].values())
+    assert [path.read_bytes() for path in out.glob("log-*.csv")] == [foreign]
+    rows = log(run)[:-1]  # but for the validation at the end, which comes after the checkpoint
+    assert log(out)[: len(rows)] == rows and len(log(out)) > len(rows)
 
 
-def test_what_cannot_be_resumed_gets_one_line(run, corpus, tmp_path, monkeypatch):
+def test_what_cannot_be_resumed_gets_one_line(run, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(run, out)
     given = {"out": str(out), "resume": True, "device": "cpu"}
@@ -224,8 +198,6 @@ def test_what_cannot_be_resumed_gets_one_line(run, corpus, tmp_path, monkeypatch
     (out / "last.pt").write_bytes(whole)
     with pytest.raises(ValueError, match="damaged"):
         train.train(given)
-    with pytest.raises(ValueError, match="does not exist"):
-        train.train({**given, "out": str(tmp_path / "nowhere")})
 
 
 def test_a_renamed_checkout_resumes_on_its_own_data(small, corpus, tmp_path, monkeypatch):
@@ -242,24 +214,19 @@ def test_a_renamed_checkout_resumes_on_its_own_data(small, corpus, tmp_path, mon
     assert train.train({"resume": True, "device": "cpu", "max_steps": 3})["step"] == 3
 
 
-# --- the folder of a run
-
-
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "step-8.pt"])
-def test_any_checkpoint_counts_as_a_run(name, small, whole, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    shutil.copy(whole / name, out)
-    before = (out / name).read_bytes()
+def test_any_checkpoint_counts_as_a_run(name, small, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(SystemExit) as exit:
-        train.main(["--out", str(out), "--data", small["data"], "--device", "cpu"])
+        train.main(options(small, tmp_path))
     assert exit.value.code == 2 and "--overwrite" in capsys.readouterr().err
-    assert (out / name).read_bytes() == before
+    assert (tmp_path / name).read_bytes() == b"weights"
 
 
-def test_overwrite_deletes_what_a_run_wrote_and_no_more(small, whole, tmp_path):
+def test_overwrite_deletes_what_a_run_wrote_and_no_more(small, run, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(whole, out)
+    shutil.copytree(run, out)
+    (out / "step-8.pt").write_bytes(b"weights")
     mine = {"notes.txt", "step-by-step.pt", "model.pt", "log-1.csv"}
     for name in mine:
         (out / name).write_text(name)
@@ -274,30 +241,14 @@ def test_overwrite_deletes_what_a_run_wrote_and_no_more(small, whole, tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(small, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    codes = []
-
     def second():
-        with pytest.raises(SystemExit) as exit:
-            train.main(options(small, out))
-        codes.append(exit.value.code)
+        with pytest.raises(SystemExit):
+            train.main(options(small, tmp_path))
 
     before_step(monkeypatch, 2, second)
-    assert train.train({**small, "out": str(out), "max_steps": 3})["step"] == 3
+    assert train.train({**small, "out": str(tmp_path), "max_steps": 3})["step"] == 3
     errors = capsys.readouterr().err
-    assert codes == [1] and "another run" in errors and errors.count("\n") == 1
-
-
-def test_a_log_that_another_program_wrote_is_set_aside(run, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(run, out)
-    foreign = (run / "log.csv").read_bytes().replace(b",", b";").replace(b"\n", b"\r\n")
-    (out / "log.csv").write_bytes(foreign)
-    train.train({"out": str(out), "resume": True, "device": "cpu", "max_steps": 21})
-    (aside,) = out.glob("log-*.csv")
-    assert aside.read_bytes() == foreign
-    rows = log(run)[:-1]  # but for the validation at the end, which comes after the checkpoint
-    assert log(out)[: len(rows)] == rows and len(log(out)) > len(rows)
+    assert "another run" in errors and errors.count("\n") == 1
 
 
 def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatch):
@@ -309,34 +260,23 @@ def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatc
     assert (best["step"], best["val_loss"], last["best"]) == (10, 3.0, 3.0)
     assert same(best["model"], read(tmp_path / "step-10.pt")["model"])
     assert "optimizer" not in best and "log" not in best
-    for name in ("best.pt", "last.pt"):
-        model, rest = load(tmp_path / name)
-        assert same(model.state_dict(), read(tmp_path / name)["model"]) and "model" not in rest
 
 
 @needs_fork
 def test_a_full_disk_is_one_line(run, tmp_path):
-    """A limit on the size of files stands for the disk."""
-    resource = pytest.importorskip("resource", reason="limits on files are for Unix")
-    out = tmp_path / "out"
+    resource = pytest.importorskip("resource", reason="a limit on files stands for the disk")
+    out, errors = tmp_path / "out", tmp_path / "errors"
     shutil.copytree(run, out)
     before = (out / "last.pt").read_bytes()
 
     def limited():
-        sys.stderr = open(tmp_path / "said", "w")  # noqa: SIM115 (the child ends here)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
-        with contextlib.suppress(SystemExit):
-            train.main(["--resume", "--device=cpu", f"--out={out}", "--max_steps=40"])
-        sys.stderr.close()
+        train.train({"resume": True, "device": "cpu", "out": str(out), "max_steps": 40})
 
-    os.waitpid(fork(limited, tmp_path / "errors"), 0)
-    said = (tmp_path / "said").read_text()
-    assert re.fullmatch(r"train.py: error: .*File too large.*\n", said), said
+    os.waitpid(fork(limited, errors), 0)
+    assert re.search(r"\nOSError: cannot write .*File too large.*\n$", errors.read_text())
     assert (out / "last.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
-
-
-# --- the loop
 
 
 def test_seconds_end_the_schedule_and_resume_says_so(small, tmp_path, capsys):
@@ -364,39 +304,33 @@ def test_what_is_not_finite_never_reaches_the_weights(small, tmp_path, monkeypat
         number = next(numbers)
         return true_loss(*args, **options) * (1 if number < 4 or 4 < number < 8 else math.nan)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.F, "cross_entropy", cross_entropy)
-        with pytest.raises(ValueError, match="3 steps in a row.*--resume"):
-            train.train(given)
+    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+    with pytest.raises(ValueError, match="3 steps in a row.*--resume"):
+        train.train(given)
     kept = [read(tmp_path / f"step-{i}.pt") for i in range(1, 11)]
     unchanged = [same(a["model"], b["model"]) for a, b in itertools.pairwise(kept)]
     assert unchanged == [False, False, True, False, False, False, True, True, True]
     last = read(tmp_path / "last.pt")
     assert last["step"] == 10 and last["skipped"] == 4
-    assert same(last["model"], kept[6]["model"])
     assert same(last["optimizer"]["state"], kept[6]["optimizer"]["state"])
-    resumed = train.train({"out": str(tmp_path), "resume": True, "device": "cpu"})
-    assert resumed["step"] == 20 and not same(resumed["model"], last["model"])
 
 
 def test_micro_batches_change_nothing(small, tmp_path):
     """Not even where windows differ in how many of their targets count: to rounding."""
-    counts = (24, 3, 0, 1)
 
     class Some(train.Text):
         def targets(self, windows):
             targets = windows[:, 1:].clone()
-            for row, count in zip(targets, counts, strict=False):
+            for row, count in zip(targets, (24, 3, 0, 1), strict=False):
                 row[count:] = -100
             return targets
 
     given = {**small, "dropout": 0.0, "max_steps": 4, "clip": 1e9}
-    for micro in (4, 3, 1):
-        out = str(tmp_path / str(micro))
-        train.train({**given, "out": out, "micro_batch": micro}, task=Some)
-        for name, rel in (("train_loss", 1e-5), ("grad_norm", 1e-4)):
-            want = [(i, pytest.approx(v, rel=rel)) for i, v in column(tmp_path / "4", name)]
-            assert column(out, name) == want
+    for micro in (4, 3):
+        train.train({**given, "out": str(tmp_path / str(micro)), "micro_batch": micro}, task=Some)
+    for name, rel in (("train_loss", 1e-5), ("grad_norm", 1e-4)):
+        want = [(i, pytest.approx(v, rel=rel)) for i, v in column(tmp_path / "4", name)]
+        assert column(tmp_path / "3", name) == want
 
 
 def test_bf16_leads_where_float32_leads(small, run, tmp_path):
@@ -405,9 +339,6 @@ def test_bf16_leads_where_float32_leads(small, run, tmp_path):
     # 8 bits of mantissa: 0.4 % per product, less in the mean of a batch
     want = [(step, pytest.approx(loss, rel=5e-3)) for step, loss in column(run, "train_loss")]
     assert column(tmp_path, "train_loss") == want
-
-
-# --- several processes
 
 
 def in_processes(world, given, folder):
@@ -422,8 +353,7 @@ def in_processes(world, given, folder):
         action = functools.partial(train.train, given)
         children.append(fork(action, folder / f"errors-{rank}", environment))
     statuses = [os.waitpid(child, 0)[1] for child in children]
-    errors = [path.read_text() for path in folder.glob("errors-*")]
-    assert not any(statuses), errors
+    assert not any(statuses), [path.read_text() for path in folder.glob("errors-*")]
 
 
 @needs_fork
@@ -449,49 +379,25 @@ def test_any_number_of_processes_is_one_run(small, tmp_path, monkeypatch):
         want = [(step, pytest.approx(v, rel=1e-5)) for step, v in column(tmp_path / "one", name)]
         assert column(tmp_path / "n", name) == want
     one, n = (read(tmp_path / folder / "last.pt") for folder in ("one", "n"))
-    assert one["optimizer"]["state"].keys() == n["optimizer"]["state"].keys()
     for name, weight in one["model"].items():  # through AdamW's square root
         assert torch.allclose(weight, n["model"][name], rtol=0, atol=1e-4)
 
 
-# --- device, errors, settings
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps"])
-def test_a_device_that_is_not_here_is_an_option_error(name):
-    with pytest.raises(train.OptionError, match=f"--device {name}"):
-        train.pick_device(name)
-
-
 def test_too_little_memory_is_one_line_and_nothing_is_retried(small, tmp_path, monkeypatch, capsys):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
-    calls = []
-
-    def forward(*arguments):
-        calls.append(arguments)
-        raise error
-
+    forward = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nmore lines"))
     monkeypatch.setattr(FMem, "forward", forward)
     with pytest.raises(SystemExit) as exit:
         train.main(options(small, tmp_path))
     errors = capsys.readouterr().err
-    assert exit.value.code == 1 and len(calls) == 1 and errors.count("\n") == 1
+    assert exit.value.code == 1 and forward.call_count == 1 and errors.count("\n") == 1
     assert all(name in errors for name in ("--micro_batch", "--recompute", "--context"))
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(ValueError, match="nowhere"):
-        train.main(["--debug", "--data", "nowhere", "--out", str(tmp_path), "--device", "cpu"])
+BAD = "--max-steps=1 --max_steps=many --max_steps=0 --lr=nan --k_rows=99 --dtype=int8"
+BAD += " --device=cuda:99 --preset=tpu --context=9999999 --data=nowhere --data=\x1b[2J"
 
 
-BAD = [
-    *("--learning_rate=1", "--max-steps=1", "--max_steps=many", "--max_steps=0", "--lr=nan"),
-    *("--k_rows=99", "--scan=slow", "--dtype=int8", "--device=gpu", "--preset=tpu"),
-    *("--context=9999999", "--data=nowhere", "--data=\x1b[2J"),
-]
-
-
-@pytest.mark.parametrize("option", BAD)
+@pytest.mark.parametrize("option", BAD.split())
 def test_bad_input_is_one_line(option, small, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main([*options(small, tmp_path / "out"), option])
@@ -510,9 +416,6 @@ def test_settings_are_given_or_resumed_or_of_the_preset():
     assert (settled.preset, settled.d_model, settled.lr, settled.n_layer) == ("gpu", 8, 2.0, 8)
 
 
-# --- learning rate, optimiser, the default task
-
-
 def test_learning_rate():
     settings = train.Settings(lr=1.0, warmup=9, min_lr=0.1)
     rates = [train.learning_rate(settings, step, 0) for step in range(11)]
@@ -525,15 +428,14 @@ def test_matrices_of_the_layers_decay_and_nothing_else():
     model = FMem(FMemConfig(50, n_layer=2, d_model=16, n_rows=8, k_rows=2))
     optimizer = train.make_optimizer(model, train.Settings(), torch.device("cpu"))
     decayed, free = optimizer.param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
-    kinds = sorted(names[id(p)].split(".")[-2] for p in free["params"])
-    assert kinds == ["embed", *["memory_norm"] * 2, *["mlp_norm"] * 2, "norm"]
     assert len(decayed["params"]) == 2 * 8
+    assert sorted(p.dim() for p in free["params"]) == [*[1] * 5, 2]  # five norms, the embedding
 
 
-@pytest.mark.parametrize("n, context", [(1000, 24), (25, 24)])
-def test_an_epoch_reads_the_text_once(n, context, corpus, monkeypatch):
+@pytest.mark.parametrize("n", [1000, 25])
+def test_an_epoch_reads_the_text_once(n, corpus, monkeypatch):
+    context = 24
     loaded = prepare.load(corpus)
     monkeypatch.setattr(prepare, "load", lambda folder: (np.arange(n), *loaded[1:]))
     task = train.Text(train.Settings(context=context, seed=1, data="numbers"))
@@ -542,10 +444,7 @@ def test_an_epoch_reads_the_text_once(n, context, corpus, monkeypatch):
     for epoch in windows.split(task.windows_per_epoch):
         targets = task.targets(epoch).flatten().tolist()
         assert len(set(targets)) == len(targets) >= n - 2 * context  # none twice, few left out
-    for number in (
-        task.windows_per_epoch,
-        0,
-    ):  # a window is a function of its number, not of those before
+    for number in (task.windows_per_epoch, 0):  # each a function of its number alone
         assert torch.equal(task.windows(number, 1)[0], windows[number])
     with pytest.raises(ValueError, match="--context"):
         train.Text(train.Settings(context=n, data="numbers"))
@@ -565,13 +464,7 @@ def test_validation_counts_every_token_once(count, limit, corpus):
         logits, _ = model(window[None, :-1])
         nats += F.cross_entropy(logits[0], window[1:], reduction="sum").item()
     assert loss == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
-    encoding = tokenizer.load_tokenizer(task.tokenizer)
-    pieces = tokenizer.token_bytes(encoding)
+    pieces = tokenizer.token_bytes(tokenizer.load_tokenizer(task.tokenizer))
     size = sum(len(pieces[token]) for token in tokens[1:])
     assert columns["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert columns["val_tokens"] == len(tokens) - 1
-
-
-def test_the_losses_are_drawn(run):
-    pytest.importorskip("matplotlib")
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
