@@ -5,7 +5,7 @@ Factorization Memory", arXiv 2511.00315 (2025). Each layer keeps a memory h of m
 input x belongs to each row to some degree (alpha). Row i moves a fraction theta[i] of the way to a
 vector xbar, the same for every row; what is read is a mixture of the rows, each scaled to unit RMS.
 In the sparse form a token writes to and reads from the k rows with the largest alpha; all others
-keep their value exactly. The state has a fixed size: a token costs the same after any text.
+keep their value exactly. The state has a fixed size: a token costs the same after any context.
 
     B sequences of T tokens, m rows, k rows per token, d = d_memory
 
@@ -27,7 +27,7 @@ that share one candidate.
 
 The file is the whole model, in reading order: config, routing, the recurrence as a loop over the
 tokens (`scan_loop`, the definition) and in matrix products (`scan_chunked`, what runs), layer,
-block, model, sampling, loading. It needs torch alone. On a GPU the serial part of the scan,
+block, model, sampling, loading. It needs only torch. On a GPU the serial part of the scan,
 `recurrence`, is the Triton kernel of kernel.py. Not in the paper, so our choice: how the weights
 and the memory start (init_weights; zeros), and the row norm (1e-5, and no gain).
 """
@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class FMemConfig:
-    """The hyperparameters of a model. Raises ValueError, naming the one that cannot work."""
+    """The hyperparameters of a model. Raises ValueError, naming an invalid one."""
 
     vocab_size: int = 1025  # size of the vocabulary
     n_layer: int = 4  # blocks of memory and MLP
@@ -197,7 +197,7 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
 
         y_t = sum_i q_t[i] decay_t[i] H[i] + sum_{s<=t} (sum_i q_t[i] decay_t[i] w_s[i]) xbar_s
 
-    Serial are only H from chunk to chunk and n_t inside a chunk: `recurrence`, twice.
+    Only H, from chunk to chunk, and n_t, inside a chunk, are serial: `recurrence`, twice.
 
     G, decay, w and their products are float64: exp(G) and exp(-G) must neither overflow nor lose
     digits. They do not grow with d. A theta of 1 erases a row, and log(1 - theta) would be -inf, so
@@ -321,8 +321,8 @@ class FactorizationMemory(nn.Module):
         """init(weight, scale) draws a matrix with standard deviation scale / sqrt(inputs).
 
         branch_scale is for matrices that end a branch. The input of W_alpha has unit RMS, so its
-        logits start with standard deviation alpha_std, whatever the width and tau. Starting at 0,
-        all rows would collect the same average, and part only slowly. eta and mu start at 1/2.
+        logits start with standard deviation alpha_std at any width and tau. With logits of 0,
+        all rows would collect the same average, and diverge only slowly. eta and mu start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
@@ -364,7 +364,7 @@ class Block(nn.Module):
 
 
 EMBED_STD = 0.06  # standard deviation of the embedding at the start, the best of a sweep
-PREFILL = 4096  # tokens of a prompt at once, so that its length does not matter to the memory used
+PREFILL = 4096  # prompt tokens read at once, so that memory use does not grow with the prompt
 
 
 class FMem(nn.Module):
@@ -502,7 +502,7 @@ def load(path, device="cpu"):
     """The model of a checkpoint that train.py saved, in evaluation mode, and a dict of the rest.
 
     The model is made of the entries "config" (the fields of FMemConfig), "layer" (the name of a
-    class), "layer_arguments" (what it takes beside the config) and "model" (the weights). Raises
+    class), "layer_arguments" (what it takes besides the config) and "model" (the weights). Raises
     ValueError, one line, for any other file. No code that a file may hold is run.
     """
     try:

@@ -2,7 +2,7 @@
 
     s_t = keep_t s_{t-1} + write_t
 
-fmem.scan_chunked is matrix products, which cuBLAS does well, but for this recurrence: of the
+fmem.scan_chunked is matrix products, which cuBLAS does well, except for this recurrence: of the
 memory over the chunks (m rows of d numbers, T / 32 steps), and of the squared lengths over the
 tokens of a chunk (m rows of one number, 32 steps). A PyTorch loop launches two kernels for each
 step, and each of them reads and writes all of s. Here a program takes up to 1,024 numbers of s,
@@ -11,7 +11,7 @@ Nothing else is fused. The gradient is the same recurrence backwards in time, by
 
 Cost, on paper. For the memory, T m d / 32 numbers are read and as many written, both forward and
 backward: at B 8, T 4096, d 1024, m 64 in bf16, 134 MB and 134 MB, or 0.1 ms of an H100's bandwidth.
-For the lengths it is T m numbers in float32, a thirtieth of that. Kernels that fuse the whole scan
+For the lengths it is T m numbers in float32, a sixteenth of that. Kernels that fuse the whole scan
 would keep the memory of a chunk on the chip, and save about a third of the scan's time. The float64
 part of scan_chunked runs at half the float32 rate on a data-centre card and at 1/64 of it on a
 consumer card, where it costs about 2.5 ms per step of the GPU preset (RTX 4090). None of this is
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-except ImportError:  # said in words, since the wheel can be installed without it
+except ImportError:  # a clear message, since the wheel can be installed without it
     raise ImportError("it needs Triton: pip install triton") from None
 
 BLOCK = 1024  # numbers of s per program, at most
@@ -74,7 +74,7 @@ def recurrence_op(
     block = min(BLOCK, triton.next_power_of_2(m * d))
     grid = (sequences, triton.cdiv(m * d, block))
     kernel = recurrence_kernel
-    if isinstance(kernel, triton.JITFunction):  # it is not in Triton's interpreter
+    if isinstance(kernel, triton.JITFunction):  # false in Triton's interpreter
         kernel = torch.library.wrap_triton(kernel)
     kernel[grid](
         keep,

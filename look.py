@@ -6,7 +6,7 @@
 
 Writes one HTML file, which needs nothing else and no network. It shows which earlier tokens each
 token reads from in each layer, and with which exact weight; which rows it writes; what each row
-then holds; what the model expects next.
+then holds; what the model predicts next.
 
 All of that is known exactly, since the recurrence (eq. 10 of fmem.py) is linear: after token t each
 row is a mean of the inputs so far and of the row before the text, with weights that add up to 1.
@@ -37,7 +37,7 @@ from data import prepare, tokenizer
 
 TEMPLATE = Path(__file__).resolve().with_name("look.html")
 MARK = "<!-- a page of fmem's look.py -->"  # in the second line of every page
-MOST_TOKENS = 1024  # that a page shows: the map of who reads whom has that many rows and columns
+MOST_TOKENS = 1024  # that a page shows: the attention map has that many rows and columns
 PASSAGE = 160  # tokens of the validation text that are shown where no prompt is given
 LIKELIEST = 8  # tokens that are shown of what the model expects
 
@@ -74,10 +74,10 @@ class Record:
 def record(model, tokens, state=None):
     """What every layer does with tokens [T] after `state`: Records, and the logits [T, vocab_size].
 
-    Raises ValueError for a model whose layers are no Factorization Memory.
+    Raises ValueError for a model whose layers are not Factorization Memory.
     """
     if not all(hasattr(block.memory, "scan_inputs") for block in model.blocks):
-        raise ValueError(f"{model.layer_name} has no rows to look at, only a memory of fmem has")
+        raise ValueError(f"{model.layer_name} has no memory rows to look at")
     seen = []
 
     def see(layer, inputs):
@@ -228,7 +228,7 @@ def write(path, text):
     if path.exists():
         with open(path, "rb") as file:
             if MARK.encode() not in file.read(200):
-                raise ValueError(f"{path} is not a page of look.py and stays; name another --out")
+                raise ValueError(f"{path} was not written by look.py; choose another --out")
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -276,7 +276,7 @@ def text_and_words(saved, args):
         if not numbers or not all(n.isdecimal() and int(n) < vocab_size for n in numbers):
             raise ValueError(
                 f"the model was trained on {saved['corpus']}, not on text: --prompt must be "
-                f"numbers of tokens below {vocab_size}, with blanks between them"
+                f"token ids below {vocab_size}, separated by spaces"
             )
         return [int(n) for n in numbers], words
     encoding = tokenizer.load_tokenizer(saved["tokenizer"])

@@ -1,7 +1,7 @@
 """Text from a trained model, as it is generated.
 
     python sample.py --prompt "ROMEO:"
-    python sample.py --interactive             continues each line you type, and remembers them all
+    python sample.py --interactive             continues each line you type; the state carries over
     python sample.py --save_state play.state   and --load_state play.state goes on from there
 
 All it needs is the checkpoint, which holds the tokenizer too. A token costs the same however long
@@ -224,12 +224,12 @@ def parse(argv):
     add("--interactive", action="store_true", help="continue lines; Ctrl-C ends one, Ctrl-D all")
     add("--num_samples", type=int, default=1, help="texts from the prompt (default: 1)")
     add("--max_new_tokens", type=int, default=300, help="at most, in each text (default: 300)")
-    add("--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)")
-    add("--top_k", type=int, help="choose among the k likeliest tokens (default: all)")
-    add("--top_p", type=float, default=0.95, help="the likeliest that sum to p (default: 0.95)")
-    add("--seed", type=int, help="of the first text; each next one's is 1 more (default: 1337)")
-    add("--save_state", metavar="FILE", type=Path, help="keep what it takes to continue the text")
-    add("--load_state", metavar="FILE", type=Path, help="continue that text, the prompt first")
+    add("--temperature", type=float, default=0.8, help="0: the most likely token (default: 0.8)")
+    add("--top_k", type=int, help="choose among the k most likely tokens (default: all)")
+    add("--top_p", type=float, default=0.95, help="nucleus of probability p (default: 0.95)")
+    add("--seed", type=int, help="of the first text; +1 for each further one (default: 1337)")
+    add("--save_state", metavar="FILE", type=Path, help="write the state, to continue from later")
+    add("--load_state", metavar="FILE", type=Path, help="resume from FILE, then read the prompt")
     add("--compile", action="store_true", help="torch.compile: faster after a wait")
     add("--device", default="auto", help="cpu, cuda, ... (default: auto, a GPU if there is one)")
     add("--threads", type=int, default=1, help="more help only large models (default: 1)")
@@ -239,7 +239,7 @@ def parse(argv):
         parser.error("--num_samples and --threads must be at least 1, --max_new_tokens at least 0")
     one_text = args.interactive or args.save_state or args.load_state
     if one_text and args.num_samples > 1:
-        parser.error("--num_samples goes without --interactive, --save_state and --load_state")
+        parser.error("--num_samples excludes --interactive, --save_state and --load_state")
     try:
         fmem.sample(torch.zeros(1, 2), args.temperature, args.top_k, args.top_p)
     except ValueError as error:

@@ -4,7 +4,7 @@
     python train.py --resume                         # continues the run in out/
     python train.py --data data/mine --out out/mine  # on a folder that data/prepare.py made
     torchrun --nproc_per_node 2 train.py             # the same batches, split over two processes
-    torchrun --nproc_per_node 8 train.py --fsdp      # the model is split too
+    torchrun --nproc_per_node 8 train.py --fsdp      # the model is sharded too
 
 Every field of Settings is an option. A run writes into --out:
 
@@ -62,7 +62,7 @@ class Settings:
     """A run. Raises OptionError for values that cannot work; FMemConfig checks those of the model.
 
     The defaults are the preset "cpu": 1.7 M parameters, 1.5 epochs of the default corpus. "gpu":
-    12.4 M parameters and 6 epochs, few enough not to learn the corpus by heart, with dropout.
+    12.4 M parameters and 6 epochs, few enough not to overfit, with dropout.
     """
 
     preset: str = option("auto", "gpu, cpu, or auto: by the device")
@@ -72,13 +72,13 @@ class Settings:
         False, "continue the run in --out; options that are given replace its own"
     )
     overwrite: bool = option(False, "delete the run that --out holds, and start a new one")
-    debug: bool = option(False, "show where an error comes from")
+    debug: bool = option(False, "print the full traceback of an error")
     device: str = option("auto", "cuda, cpu, mps, or auto: cuda if there is one")
     dtype: str = option("auto", "bf16 (autocast), float32, or auto")
-    fsdp: bool = option(False, "split weights and optimiser over the processes of torchrun")
+    fsdp: bool = option(False, "shard weights and optimiser over torchrun's processes")
     compile: bool = option(False, "use torch.compile")
     threads: int | None = option(None, "CPU threads (None: PyTorch's choice)")
-    seed: int = option(1337, "of the weights, the order of the data, and dropout", least=0)
+    seed: int = option(1337, "random seed of weights, data order and dropout", least=0)
 
     n_layer: int = option(4, "blocks", gpu=8)
     d_model: int = option(192, "width", gpu=384)
@@ -86,7 +86,7 @@ class Settings:
     n_rows: int = option(32, "m, memory rows", gpu=64)
     k_rows: int | None = option(8, "k, rows that a token writes to and reads (None: all)", gpu=16)
     tau: float = option(FMemConfig.tau, "temperature of the affinity", least=0)
-    alpha_std: float = option(FMemConfig.alpha_std, "of the affinity's logits at first", least=0)
+    alpha_std: float = option(FMemConfig.alpha_std, "initial std of the affinity's logits", least=0)
     d_mlp: int | None = option(None, "hidden width of the MLP (None: 8/3 d_model)")
     dropout: float = option(0.0, "on the embedding and each layer's output", gpu=0.2, least=0)
     tie_embeddings: bool = option(True, "the output layer shares the embedding's weights")
@@ -97,31 +97,33 @@ class Settings:
     batch_size: int = option(8, "windows per step, over all processes", gpu=16)
     micro_batch: int | None = option(None, "windows per process and forward pass (None: all)")
     max_steps: int = option(1300, "optimiser steps", gpu=650)
-    seconds: float = option(math.inf, "end the schedule after this time")
+    seconds: float = option(math.inf, "fit the run and its schedule into this many seconds")
     lr: float = option(4e-3, "peak learning rate of AdamW", gpu=3e-3, least=0)
-    min_lr: float = option(0.05, "last learning rate, as a share of the peak", least=0)
+    min_lr: float = option(0.05, "final learning rate, as a fraction of the peak", least=0)
     warmup: int = option(50, "steps of linear warm-up", least=0)
     beta2: float = option(0.95, "AdamW's second decay rate", least=0)
-    weight_decay: float = option(0.1, "AdamW's decay of the matrices", least=0)
-    clip: float = option(1.0, "largest norm of the gradient", least=0)
-    max_skipped: int = option(20, "end after so many steps in a row that are not finite")
+    weight_decay: float = option(0.1, "AdamW's weight decay, for matrices only", least=0)
+    clip: float = option(1.0, "clip the gradient to this norm (0: never)", least=0)
+    max_skipped: int = option(20, "give up after this many non-finite steps in a row")
 
     log_every: int = option(10, "steps between log lines")
-    eval_every: int = option(200, "steps between evaluations, after each a checkpoint", gpu=50)
-    eval_tokens: int = option(32768, "validation tokens of these; the one at the end takes all")
-    keep_every: int | None = option(None, "steps between checkpoints that are kept (None: none)")
+    eval_every: int = option(200, "steps between evaluations, each with a checkpoint", gpu=50)
+    eval_tokens: int = option(32768, "validation tokens per evaluation; the final one uses all")
+    keep_every: int | None = option(None, "steps between step-N.pt checkpoints (None: none)")
     sample_tokens: int = option(200, "tokens of the sample at the end", least=0)
 
     def __post_init__(self):
         for f in fields(self):
             value, least = getattr(self, f.name), f.metadata["least"]
-            if type(value) in (int, float) and not value >= least:  # NaN is not
+            if type(value) in (int, float) and not value >= least:  # so that NaN fails too
                 raise OptionError(f"--{f.name} must be at least {least}, not {value}")
+            if value == math.inf and f.name != "seconds":
+                raise OptionError(f"--{f.name} must be finite")
         for name, values in (("preset", "auto gpu cpu"), ("dtype", "auto bf16 float32")):
             if getattr(self, name) not in values.split():
                 raise OptionError(f"--{name} must be one of {values}, not {getattr(self, name)}")
         if self.resume and self.overwrite:
-            raise OptionError("--resume and --overwrite exclude each other")
+            raise OptionError("--resume and --overwrite cannot be combined")
         with contextlib.suppress(ValueError):  # another drive, on Windows
             self.data = os.path.relpath(self.data)
 
@@ -130,7 +132,7 @@ class Settings:
 NOT_SAVED = ("out", "resume", "overwrite", "debug", "device", "fsdp")
 
 
-def whole_number(text):
+def whole_number_or_none(text):
     return None if text.lower() == "none" else int(text)
 
 
@@ -140,7 +142,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **how):
         super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **how)
         for f in fields(Settings):
-            kind = dict(type=f.type if f.type in (str, float) else whole_number, metavar="")
+            kind = dict(
+                type=f.type if isinstance(f.type, type) else whole_number_or_none, metavar=""
+            )
             if f.type is bool:
                 kind = dict(action=argparse.BooleanOptionalAction)
             self.add_argument(f"--{f.name}", help=f.metadata["help"], **kind)
@@ -170,11 +174,11 @@ def model_config(settings, vocab_size):
 
 
 def pick_device(name):
-    """-> torch.device, the reason. Raises OptionError for a device that cannot be used."""
+    """Returns the device and why. Raises OptionError for one that cannot be used."""
     why = "as given"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        why = "a GPU is here" if name == "cuda" else "no GPU with float64, which the scan needs"
+        why = "a GPU was found" if name == "cuda" else "no CUDA GPU was found"
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -212,10 +216,12 @@ class Text:
         self.about = f"{self.corpus}: {size:,} bytes, {len(self.tokens):,} tokens to train on"
         self.context = settings.context
         self.seed = settings.seed
-        self.epoch = None  # that `offset` and `order` belong to
+        self.epoch = None  # the one that `offset` and `order` are of
         self.offsets = min(self.context, len(self.tokens) - self.context)
         if self.offsets < 1:
             raise OptionError(f"--context must be below the text's {len(self.tokens)} tokens")
+        if len(self.val) < 2:
+            raise ValueError(f"{folder}: the text for validation has one token; there must be two")
         self.windows_per_epoch = (len(self.tokens) - self.offsets) // self.context
 
     def windows(self, first, count):
@@ -317,26 +323,27 @@ def save(checkpoint, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"cannot write {path}: {cause}; what was saved before stays") from None
+        raise OSError(f"cannot write {path}: {cause}; earlier checkpoints are kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def checkpoints(out):
-    """The checkpoints in a folder, and no .pt file that is not of a run."""
+    """The checkpoints in a folder that a run wrote, and no other .pt file."""
     names = re.compile(r"(last|best|step-\d+)\.pt")
     return [path for path in out.glob("*.pt") if names.fullmatch(path.name)]
 
 
 def check_same_run(now, saved):
-    """Raises OptionError if the run to resume has another model or another tokenizer."""
-    now = {**now, **now["config"]}
-    before = {**saved, **saved["config"]}
-    for name in ("layer", "layer_arguments", "tokenizer", *saved["config"]):
+    """Raises OptionError if the run to resume has another model, tokenizer or order of the data."""
+    now = {**now["settings"], **now, **now["config"]}
+    before = {**saved["settings"], **saved, **saved["config"]}
+    names = ("layer", "layer_arguments", "tokenizer", "context", "seed", *saved["config"])
+    for name in names:
         if name not in ("dropout", "scan", "recompute") and now[name] != before[name]:
-            raise OptionError(f"--resume: {name} is not that of the run; another --out starts one")
+            raise OptionError(f"--resume: {name} differs from the run's; use another --out")
 
 
 def start_log(path, log, columns):
@@ -435,6 +442,7 @@ def signals():
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        print("stopping  after this step; a second Ctrl-C stops at once", flush=True)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -450,7 +458,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
     layer, layer_arguments: what stands in the model's blocks, as FMem takes it. task: a class like
     Text, called with the Settings. command: the program's name, for its hints. Returns the last
     checkpoint; in processes other than the first, a part of it. Raises ValueError or OSError, one
-    line, for what the user can mend.
+    line, for what the user can fix. A run that is resumed after its end returns None.
     """
     torch.set_flush_denormal(True)  # before the first threads: denormal decays are slow on a CPU
     device, why_device = pick_device(given.get("device", "auto"))
@@ -459,8 +467,9 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
     say = processes.say
     out = Path(given.get("out", Settings.out))
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock", timeout=0) if first else contextlib.nullcontext()
-    with lock, signals() as received:
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(FileLock(out / ".lock", timeout=0))
         # The run to continue, if there is one.
         saved = {}
         if given.get("resume"):
@@ -546,6 +555,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             return loss
 
         # The steps.
+        received = stack.enter_context(signals())
         begun = time.perf_counter() - state.seconds
         done, limit = progress(settings, state)
         last = None
@@ -571,7 +581,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                 loss = F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum")
                 (loss * processes.world / count).backward()  # DDP and FSDP divide by world
                 nats += loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
             norm = (norm.full_tensor() if processes.fsdp else norm).item()
             loss = processes.sum(nats.item())[0] / count
 
@@ -618,17 +628,19 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                     save(last, out / f"step-{state.step}.pt")
                 if first and better:
                     save(best, out / "best.pt")
-                if (
-                    first
-                ):  # at the end: after a kill before it, a resumed run writes the others again
+                # Saved last: a run that is killed before this writes the others again.
+                if first:
                     save(last, out / "last.pt")
 
         # The end.
         again = f"python {command} --resume --out {shlex.quote(str(out))}"
+        if processes.joined:
+            again = again.replace("python", f"torchrun --nproc_per_node {processes.world}")
+            again += " --fsdp" * settings.fsdp
         if failed:
             again += f" --lr {settings.lr / 3:.1g}"
             raise ValueError(f"{not_finite} steps in a row were not finite; try {again}")
-        with contextlib.suppress(ImportError, OSError):  # a picture never ends a run
+        with contextlib.suppress(Exception):  # no matplotlib, no disk: a picture never ends a run
             if first:
                 draw(state.log, out / "loss.png")
         if stopped:
@@ -639,7 +651,8 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                 say(f"sample    {sample_text(model, task.tokenizer, settings.sample_tokens)}")
             reached = f"--{limit} {getattr(settings, limit)}"
             say(f"done      {state.step} steps: {reached} is reached; {again} --{limit} N goes on")
-            say(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
+            if task.tokenizer:
+                say(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
         processes.leave()
         return last
 
@@ -656,20 +669,22 @@ def sample_text(model, tokenizer, count):
 
 @contextlib.contextmanager
 def one_line_errors(program, debug=False):
-    """End the program with a line for what the user can mend: exit code 2 for an option, else 1."""
+    """End the program with a line for what the user can fix: exit code 2 for an option, else 1."""
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(f"{program}: interrupted; what was saved before stays")
+        sys.exit(f"{program}: interrupted; earlier checkpoints are kept")
     except Exception as error:
         message = one_line(error)
+        if debug:
+            raise
         if isinstance(error, Timeout):
             message = "another run is writing into this folder; choose another --out"
         elif isinstance(error, MemoryError) or "allocate" in message or "out of memory" in message:
             message = f"out of memory ({message}); try --micro_batch 1, --recompute, less --context"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             message = f"torch.compile does not work here ({message}); leave --compile out"
-        elif debug or not isinstance(error, ValueError | OSError):
+        elif not isinstance(error, ValueError | OSError):
             raise
         print(f"{program}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, OptionError) else 1)
@@ -677,7 +692,7 @@ def one_line_errors(program, debug=False):
 
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a run must not end by what a console cannot show
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter must not end a run
     parser = Parser(prog="train.py", description="Train a Factorization Memory language model.")
     given = vars(parser.parse_args(argv))
     with one_line_errors(parser.prog, given.get("debug")):

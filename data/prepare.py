@@ -5,9 +5,9 @@
     python data/prepare.py --dataset roneneldan/TinyStories --limit_gb 0.5 --out data/stories
     python data/prepare.py --dataset rows.jsonl.gz --text_field body
 
-A prepared folder holds train.bin and val.bin (tokens as little-endian uint16, or uint32 if there
-are more than 65,536 kinds) and meta.json (sizes, checksums, tokenizer). It appears whole or not at
-all. Each document, a text file or a row of a dataset, ends with <|endoftext|>. What validates is
+A prepared folder holds train.bin and val.bin (tokens as little-endian uint16, or uint32 where there
+are more than 65,536 token ids) and meta.json (sizes, checksums, tokenizer). It appears whole or not
+at all. Each document, a text file or a row of a dataset, ends with <|endoftext|>. Validation uses
 the dataset's validation split, or the last tenth of the text, at most 10 MB.
 """
 
@@ -56,7 +56,7 @@ def load(folder):
         val = np.memmap(folder / "val.bin", dtype=meta["dtype"], mode="r")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         reason = f"{type(e).__name__}: {one_line(e)}"
-        raise ValueError(f"{folder} is no prepared folder ({reason}); run: {command}") from None
+        raise ValueError(f"{folder} is not a prepared folder ({reason}); run: {command}") from None
     return train, val, meta.pop("tokenizer"), meta
 
 
@@ -292,10 +292,17 @@ def main(argv=None):
     add = p.add_argument
     add("--config", metavar="NAME", help="configuration of the dataset")
     add("--text_field", metavar="NAME", default="text", help="field of its rows (default: text)")
-    add("--limit_gb", type=float, default=float("inf"), help="read at most so much of the dataset")
+    add(
+        "--limit_gb", type=float, default=float("inf"), help="read at most this much of the dataset"
+    )
     add("--out", metavar="DIR", help="folder to write (default: data/mine for text of your own)")
-    add("--tokenizer", default="bpe", help="bpe, trained on the text; or tiktoken's, as gpt2")
-    add("--vocab_size", type=int, default=1024, help="tokens of the bpe (default: 1024)")
+    add("--tokenizer", default="bpe", help="bpe (trained on the text) or tiktoken's, e.g. gpt2")
+    add(
+        "--vocab_size",
+        type=int,
+        default=1024,
+        help="tokens of the bpe, without <|endoftext|> (default: 1024)",
+    )
     add("--overwrite", action="store_true", help="replace a prepared folder")
     add("--debug", action="store_true", help="show where an error comes from")
     args = p.parse_args(argv)

@@ -107,7 +107,7 @@ def cut(blocks, longest=PIECE):
     """The text that the blocks make together, in pieces of at most `longest` characters.
 
     A cut falls between a letter and a space, where a word ends for every tokenizer, so the tokens
-    are those of the whole; only in half a piece without such a place it falls anywhere.
+    are those of the whole; where half a piece has no such place, it falls anywhere.
     """
     rest = ""
     for block in blocks:

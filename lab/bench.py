@@ -2,7 +2,7 @@
 
     scan        the memory alone, forward and backward: the definition and the chunked form; on a
                 GPU also without the kernel, and under torch.compile
-    train       forward and backward of 4,096 tokens, by context, for the memory and its rivals
+    train       forward and backward of 4,096 tokens, by context, for the memory and the baselines
     generate    one more token, by the length of the context, and the bytes of the state
 
 What is compared takes turns in one process, and the median of the turns is taken, so that a machine

@@ -102,7 +102,7 @@ def right_answers(model, task, count, hard, device):
 
 
 def recall_by_pairs(model, context, device, count=256):
-    """Associative recall with 4, 8, 16, ... pairs, as many as the training length has room for."""
+    """Associative recall with 4, 8, 16, ... pairs, as many as fit the training length."""
     task = TASKS["mqar"](SimpleNamespace(context=context, seed=0))
     pairs = LEAST_PAIRS
     while pairs <= min(context // 4, KEYS):
@@ -115,7 +115,7 @@ def recall_by_distance(model, context, times, device):
     """The passkey at the start of windows from a quarter of the training length to times it."""
     length = context // 4
     while length <= context * times:
-        distance = length - 2 * PASSKEY_LENGTH - 1  # the most that a window has room for
+        distance = length - 2 * PASSKEY_LENGTH - 1  # the most that fits in a window
         if distance >= 0:
             task = TASKS["passkey"](SimpleNamespace(context=length, seed=0))
             count = max(min(256, 2**18 // length), 8)
@@ -197,7 +197,7 @@ def evaluate(model, saved, args, device):
             f"--recall is for models of {' and '.join(TASKS)}, not of {saved['corpus']}"
         )
     if not is_text and (args.loss or args.long or args.routing):
-        raise ValueError(f"a model of {saved['corpus']} reads no text: it can have --recall alone")
+        raise ValueError(f"a model of {saved['corpus']} was not trained on text; use --recall")
     if args.recall and saved["corpus"] == "mqar":
         yield from recall_by_pairs(model, context, device)
     elif args.recall:
@@ -225,7 +225,7 @@ def main(argv=None):
     parser.add_argument("checkpoint", help="a file that train.py or lab.train saved")
     parser.add_argument("--loss", action="store_true", help="loss, and loss by position")
     parser.add_argument("--long", action="store_true", help="loss beyond the training length")
-    parser.add_argument("--recall", action="store_true", help="right answers of a recall task")
+    parser.add_argument("--recall", action="store_true", help="accuracy on a recall task")
     parser.add_argument("--routing", action="store_true", help="what the rows of the memory do")
     parser.add_argument("--times", type=int, default=128, help="longest, in training lengths [128]")
     parser.add_argument("--tokens", type=int, default=2**17, help="of --long, --routing [131072]")

@@ -1,4 +1,4 @@
-"""Layers that stand in the memory's place: two rivals to compare it with, and extensions of ours.
+"""Layers that stand in the memory's place: two baselines, and extensions of ours.
 
     ExtendedMemory   the memory with a short convolution, a gate, a shared row or a shifted write
     Attention        LLaMA's attention
@@ -32,7 +32,7 @@ def join(past, x, count):
 
 
 class ShortConv(nn.Module):
-    """A causal depthwise convolution, then SiLU, as in Mamba: a token learns of its neighbours.
+    """A causal depthwise convolution, then SiLU, as in Mamba: a token sees those before it.
 
         y_t[c] = silu(bias[c] + sum_j weight[c, j] x_{t - j}[c])     j = 0 ... width - 1
 
@@ -66,13 +66,13 @@ class ExtendedMemory(FactorizationMemory):
 
     conv: a short convolution of this width, 0 for none. u = ShortConv(x) stands in place of x in
         eqs. 4, 5, 6 and 9. Without it u = x.
-    shift: the token before has a part in the write's routing. Of the logits l_t = W_alpha u_t,
+    shift: the previous token takes part in the write's routing. Of the logits l_t = W_alpha u_t,
             alpha of the read  = softmax(l_t / tau)
             alpha of the write = softmax(((1 - lambda) l_t + lambda l_{t-1}) / tau)
         each with a top k of its own; lambda = sigmoid(shift) is one number per layer. So what
         follows a key is written to the key's rows, where the key will look for it.
     shared_row: the last of the m rows is outside the softmax. Every token writes and reads it, at
-        rates of their own, theta[m-1], phi[m-1] = sigmoid(W_shared u), beside the k of the other
+        rates of their own, theta[m-1], phi[m-1] = sigmoid(W_shared u), besides the k of the other
         m - 1 rows that it is routed to.
     gate: the read is gated and normalised, y = W_o norm(read * silu(W_g x)).
 

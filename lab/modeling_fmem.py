@@ -120,7 +120,7 @@ class FMemForCausalLM(PreTrainedModel, GenerationMixin):
             name for name, value in unknown.items() if value is not None and value is not False
         ]
         if asked:
-            raise ValueError(f"FMemForCausalLM does not know the arguments {', '.join(asked)}")
+            raise ValueError(f"FMemForCausalLM does not accept {', '.join(asked)}")
         state = past_key_values if cache is None else cache
         if state is not None and not isinstance(state, State):
             raise ValueError(f"the state must be one that this model returned, not {type(state)}")
@@ -164,7 +164,7 @@ class FMemForCausalLM(PreTrainedModel, GenerationMixin):
         return hidden.view(len(input_ids), T, -1), state
 
     def read_padded(self, input_ids, mask):
-        """`read` at the start. Sequences with as much padding on the left are read together,
+        """`read` at the start. Sequences with equal padding on the left are read together,
         without it; their hidden states there are zero.
         """
         if not mask.any(1).all():

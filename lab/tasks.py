@@ -1,4 +1,4 @@
-"""Tasks of recall, generated window by window: `python -m lab.train --data mqar`, or passkey.
+"""Recall tasks, generated window by window: `python -m lab.train --data mqar`, or passkey.
 
     mqar      k1 v1 k2 v2 ... kn vn ? k7 v7 k2 v2 k7 v7 ...    associative recall of many queries
               (Zoology, arXiv 2312.04927): n keys with random values, then any of the keys is asked
@@ -32,7 +32,7 @@ TOKENS_AT_ONCE = 2048  # that go through a model together in `score`
 
 @torch.no_grad()
 def score(model, inputs, targets, device, autocast=contextlib.nullcontext):
-    """Nats of each target, float64 [count, length], and whether it is the likeliest token, bool.
+    """Nats of each target, float64 [count, length], and whether it is the top prediction, bool.
 
     inputs, targets [count, length], each sequence read from an empty state; the target is -100
     where none counts: it has 0 nats, and is not right. A long sequence goes through the model in

@@ -1,10 +1,10 @@
-"""Train another layer, or on a task of recall: python -m lab.train --layer mamba2 --data mqar
+"""Train another layer, or on a recall task: python -m lab.train --layer mamba2 --data mqar
 
     python -m lab.train --layer attention --conv 4            # every layer can have a convolution
     python -m lab.train --shared_row --shift --conv 4 --gate  # the memory with extensions of ours
     python -m lab.train --data passkey --context 256          # the paper's layer
 
-It is train.py, with these options beside its own: the same settings, loop and files. Where --d_mlp
+It is train.py, with these options besides its own: the same settings, loop and files. Where --d_mlp
 is not given, the MLP is made narrower or wider until the model has as many parameters as the
 paper's with the same settings, so that what is compared is equally large.
 """
@@ -29,7 +29,7 @@ def make_parser():
     parser.add_argument("--layer", choices=LAYERS, help="what stands in the blocks [memory]")
     parser.add_argument("--conv", type=int, help="width of a short convolution [mamba2: 4, else 0]")
     parser.add_argument("--gate", action="store_true", help="memory: gate and norm for the read")
-    parser.add_argument("--shared_row", action="store_true", help="memory: a row for every token")
+    parser.add_argument("--shared_row", action="store_true", help="memory: a row all tokens share")
     parser.add_argument("--shift", action="store_true", help="memory: shifted write")
     parser.add_argument("--n_head", type=int, help="heads [attention: width 32, mamba2: 64]")
     parser.add_argument("--n_kv_head", type=int, help="attention: of keys and values [n_head]")
