@@ -202,7 +202,9 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
     G, decay, w and their products are float64: exp(G) and exp(-G) must neither overflow nor lose
     digits. They do not grow with d. A theta of 1 erases a row, and log(1 - theta) would be -inf, so
     a row keeps a share of TINY; a chunk of such tokens leaves 1e-256. Results and gradients are
-    accurate to 3e-7 in float32, for theta of 0 and 1 too; in float64 TINY shows, at 2e-8.
+    accurate to 3e-7 in float32, for theta of 0 and 1 too; in float64 TINY shows, at 2e-8. That is
+    for rows and inputs of similar size: fewer digits are left of a row whose writes almost cancel,
+    or which follows an erased one of 1e4 times its size.
 
     Under autocast xbar is bf16, and so are H and the weights as they enter a product with either.
     The lengths are float32, those of the rounded xbar and H, which are what is read.
@@ -307,6 +309,7 @@ class FactorizationMemory(nn.Module):
         xbar = self.W_i(x_t)  # eq. 9  [B, d]
         if h is None:
             h = wide(xbar).new_zeros(len(xbar), config.n_rows, config.d_memory)
+        h = h.to(theta.dtype)
         if rows is None:
             rows = torch.arange(config.n_rows, device=h.device).expand(len(h), -1)
         index = rows[..., None].expand(-1, -1, h.shape[-1])  # [B, k, d]

@@ -170,6 +170,8 @@ def save_text(path, model, text):
 def read_saved(path, device="cpu"):
     """The dict that `save_text` wrote. Raises ValueError, one line, for any other file."""
     try:
+        if not Path(path).is_file():  # a device may have no end
+            raise ValueError("it is no file")
         with zipfile.ZipFile(path) as file:  # torch.load does not compare checksums
             if file.testzip() is not None:
                 raise ValueError("it is damaged: a checksum differs")

@@ -40,7 +40,8 @@ FLOAT32_ERROR = 2e-6  # some twenty roundings of 2^-24; 3e-7 is usual
 
 
 def tiny(**changes):
-    fields = dict(vocab_size=50, n_layer=2, d_model=16, d_memory=24, n_rows=8, k_rows=3, tau=0.5)
+    fields = dict(vocab_size=50, n_layer=2, d_model=16, d_memory=24, n_rows=8, k_rows=3)
+    fields |= dict(tau=0.5, norm_eps=1e-2)  # large, so that a forgotten one is noticed
     return FMemConfig(**{**fields, **changes})
 
 

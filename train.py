@@ -114,11 +114,11 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata["least"]
-            if type(value) in (int, float) and not value >= least:  # so that NaN fails too
-                raise OptionError(f"--{f.name} must be at least {least}, not {value}")
-            if value == math.inf and f.name != "seconds":
-                raise OptionError(f"--{f.name} must be finite")
+            value = getattr(self, f.name)
+            least = f.metadata["least"]
+            most = {"seconds": math.inf, "seed": 2**63 - 1}.get(f.name, 2**31)
+            if type(value) in (int, float) and not least <= value <= most:  # so that NaN fails too
+                raise OptionError(f"--{f.name} must be from {least} to {most}, not {value}")
         for name, values in (("preset", "auto gpu cpu"), ("dtype", "auto bf16 float32")):
             if getattr(self, name) not in values.split():
                 raise OptionError(f"--{name} must be one of {values}, not {getattr(self, name)}")
@@ -532,10 +532,15 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
         # The folder.
         columns = ("step", "tokens", "train_loss", "lr", "grad_norm", "skipped", "val_loss")
         columns = (*columns, *task.columns, "seconds")
+        picture = out / "loss.png"
+        draws = first and (saved or checkpoints(out) or not picture.exists())  # else not ours
         if first:
-            for path in [*checkpoints(out), out / "log.csv"] if settings.overwrite else []:
-                path.unlink(missing_ok=True)
-            state.log = start_log(out / "log.csv", state.log, columns)
+            log = out / "log.csv"
+            if settings.overwrite and checkpoints(out):
+                log.unlink(missing_ok=True)
+            for path in checkpoints(out) if settings.overwrite else []:
+                path.unlink()
+            state.log = start_log(log, state.log, columns)
 
         def write_row(**row):
             row |= {"step": state.step, "tokens": state.windows * settings.context}
@@ -641,8 +646,8 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             again += f" --lr {settings.lr / 3:.1g}"
             raise ValueError(f"{not_finite} steps in a row were not finite; try {again}")
         with contextlib.suppress(Exception):  # no matplotlib, no disk: a picture never ends a run
-            if first:
-                draw(state.log, out / "loss.png")
+            if draws:
+                draw(state.log, picture)
         if stopped:
             say(f"stopped   after step {state.step}, saved; {again} goes on")
         else:

@@ -308,6 +308,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.vocab_size < 256:
         p.error("--vocab_size must be at least 256, the single bytes")
+    if not args.limit_gb > 0:
+        p.error("--limit_gb must be above 0")
     if not args.dataset and (args.config or args.limit_gb < float("inf")):
         p.error("--config and --limit_gb are for --dataset")
     documents, corpus = None, ""

@@ -240,6 +240,14 @@ def test_overwrite_deletes_what_a_run_wrote_and_no_more(small, run, tmp_path):
     assert read(out / "best.pt")["step"] == 1
 
 
+def test_a_log_and_a_picture_without_a_run_are_not_ours(small, tmp_path):
+    for name in ("log.csv", "loss.png"):
+        (tmp_path / name).write_text("mine")
+    train.train({**small, "out": str(tmp_path), "overwrite": True, "max_steps": 1})
+    (aside,) = tmp_path.glob("log-*.csv")
+    assert aside.read_text() == (tmp_path / "loss.png").read_text() == "mine"
+
+
 def test_two_runs_in_one_folder_are_refused(small, tmp_path, monkeypatch, capsys):
     def second():
         with pytest.raises(SystemExit):
