@@ -82,7 +82,7 @@ def test_nothing_is_swallowed(exported, transformers):
     padded_right = theirs(tokens, attention_mask=padded[:, :9]).to_tuple()[-1]
     token = {"input_ids": tokens[:, :1]}
     for arguments, message in (
-        ({**token, "memory": state}, "does not know the arguments memory"),
+        ({**token, "memory": state}, "does not accept memory"),
         ({**token, "cache": transformers.DynamicCache()}, "one that this model"),
         ({"input_ids": tokens[:1], "cache": state}, "2 sequences, input_ids 1"),
         ({**token, "attention_mask": mask}, "for every token so far"),

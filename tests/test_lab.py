@@ -378,7 +378,7 @@ def test_commands_say_what_is_wrong(run, recall_run, tmp_path, capsys):
     for main, arguments, code, message in [
         (evaluate.main, [text], 2, "nothing to measure"),
         (evaluate.main, [text, "--recall"], 1, "--recall is for models of mqar"),
-        (evaluate.main, [recall, "--loss"], 1, "reads no text"),
+        (evaluate.main, [recall, "--loss"], 1, "--recall"),
         (evaluate.main, [text, "--long", "--times", "99999"], 1, "at most"),
         (lab_train.main, ["--layer", "mamba2", "--gate"], 2, "--gate is not an option"),
         (lab_train.main, ["--layer", "mamba2", "--d_state", "999"], 1, "set d_mlp"),
