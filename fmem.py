@@ -371,10 +371,7 @@ PREFILL = 4096  # prompt tokens read at once, so that memory use does not grow w
 
 
 class FMem(nn.Module):
-    """The language model: embedding, blocks, norm, output layer.
-
-    layer: the class that stands in each block, called with the config and `layer_arguments`.
-    """
+    """The language model. layer: the class in each block, called with config, **layer_arguments."""
 
     def __init__(self, config, layer=FactorizationMemory, layer_arguments=None):
         super().__init__()
