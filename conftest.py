@@ -65,7 +65,6 @@ def small(corpus):
         "eval_every": 5,
         "eval_tokens": 100,
         "log_every": 1,
-        "sample_tokens": 3,
         "warmup": 2,
         "dropout": 0.1,
         "lr": 4e-3,

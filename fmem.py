@@ -88,11 +88,6 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def has_float64(device):
-    """Whether `scan_chunked` can run there: Apple's GPUs, and some of Intel's, lack float64."""
-    return device.type not in ("mps", "xpu")
-
-
 def route(x, layer):
     """Which rows a token uses, how much it writes to and reads from each: eqs. 4 to 8, 12, 13.
 
@@ -284,10 +279,11 @@ class FactorizationMemory(nn.Module):
         return theta, phi, self.W_i(x)  # eq. 9
 
     def scan(self, theta, phi, xbar, h):
-        """The recurrence in the form that the config asks for."""
+        """The recurrence, as the config asks for it."""
         config = self.config
         inputs = theta, phi, xbar, h, config.norm_eps
-        if config.scan == "loop" or not has_float64(xbar.device):
+        lacks_float64 = xbar.device.type in ("mps", "xpu")  # all of Apple's, some of Intel's
+        if config.scan == "loop" or lacks_float64:
             return scan_loop(*inputs)
         if config.recompute:
             return checkpoint(scan_chunked, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -427,12 +423,11 @@ class FMem(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens, max_new_tokens, state=None, **choice):
-        """Continue tokens [B, T], T at least 1: yields new tokens [B], one at a time.
+        """Continue tokens [B, T], T at least 1: yields each new token [B] and the state before it.
 
-        state: continues from there, and is not changed. choice: temperature, top_k, top_p and
-        generator of `sample`. At its end the generator returns (`state = yield from ...`) the state
-        after all tokens but the last new one; the next prompt must begin with that one. The model
-        should be in evaluation mode. Raises ValueError for arguments that cannot work.
+        state: continues from there, and is not changed; the one that is yielded changes with the
+        next token. choice: temperature, top_k, top_p and generator of `sample`. The model should be
+        in evaluation mode. Raises ValueError for arguments that cannot work.
         """
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens must be [B, T], T at least 1, not {[*tokens.shape]}")
@@ -446,11 +441,9 @@ class FMem(nn.Module):
         logits = self.head(x)
         for i in range(max_new_tokens):
             token = sample(logits, **choice)
-            yield token
+            yield token, state
             if i + 1 < max_new_tokens:
                 logits, state = self(token, state)
-        with torch.inference_mode(False):
-            return copy_state(state)  # ordinary tensors, which may be used with gradients too
 
 
 def copy_state(state):
@@ -484,14 +477,10 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         likelier = ordered.cumsum(-1) - ordered  # 0 for the first, which is always kept
         probs = torch.zeros_like(probs).scatter(-1, index, ordered * (likelier < top_p))
-    # What torch.multinomial does for one draw, without its checks, for which a CPU waits for a GPU.
-    noise = torch.empty_like(probs)
     if isinstance(generator, list):
-        for row, own in zip(noise, generator, strict=True):
-            row.exponential_(generator=own)
-    else:
-        noise.exponential_(generator=generator)
-    return (probs / noise).argmax(-1)
+        pairs = zip(probs, generator, strict=True)
+        return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in pairs])
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
 FORMAT = "fmem checkpoint 2"

@@ -29,11 +29,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import fmem
-from data import prepare, tokenizer
+from data import tokenizer
 
 TEMPLATE = Path(__file__).resolve().with_name("look.html")
 MARK = "<!-- a page of fmem's look.py -->"  # in the second line of every page
@@ -241,11 +242,13 @@ def passage(fields, folder, n):
     They start after an empty line, if there is one near. fields: the tokenizer that the folder must
     have. Raises ValueError, OSError.
     """
+    folder = Path(folder)
     try:
-        _, tokens, own_fields, _ = prepare.load(folder)
-    except ValueError as error:
-        raise ValueError(f"there is no --prompt, and {error}") from None
-    if own_fields != fields:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        tokens = np.memmap(folder / "val.bin", dtype=meta["dtype"], mode="r")
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"{folder} is not a prepared folder; --prompt shows any text") from None
+    if meta["tokenizer"] != fields:
         raise ValueError(f"{folder} was prepared with another tokenizer; --prompt shows any text")
     pieces = tokenizer.token_bytes(tokenizer.load_tokenizer(fields))
     middle = max(min(len(tokens) // 2, len(tokens) - n), 0)
@@ -259,7 +262,7 @@ def passage(fields, folder, n):
 def read_prompt(prompt):
     """The prompt as text: itself, or what is in FILE:path. Raises ValueError, OSError."""
     if prompt.startswith("FILE:"):
-        return "".join(prepare.read_text(prompt.removeprefix("FILE:")))
+        return Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8-sig", errors="replace")
     return prompt
 
 
@@ -283,7 +286,7 @@ def text_and_words(saved, args):
     words = [visible(piece) for piece in tokenizer.token_bytes(encoding)]
     words[encoding.eot_token] = tokenizer.EOT
     if args.prompt is None:
-        folder = args.data or saved["settings"].get("data", prepare.DEFAULT)
+        folder = args.data or saved["settings"]["data"]
         return passage(saved["tokenizer"], folder, args.tokens or PASSAGE), words
     text = tokenizer.encode(encoding, read_prompt(args.prompt))
     return [encoding.eot_token, *text.tolist()], words
@@ -310,7 +313,8 @@ def look(args):
                 _, state = model.hidden(piece, state)
     generator = torch.Generator().manual_seed(args.seed)
     choice = dict(temperature=0.8, top_p=0.95, generator=generator)
-    written = [int(t) for t in model.generate(shown[None], args.generate, state, **choice)]
+    generated = model.generate(shown[None], args.generate, state, **choice)
+    written = [token.item() for token, _ in generated]
     given = len(shown)
     shown = torch.cat([shown, torch.tensor(written, dtype=torch.long)])
     if len(shown) < 2:
@@ -352,7 +356,6 @@ def main(argv=None):
     add("--data", metavar="DIR", help="prepared folder of the passage (default: the training's)")
     add("--seed", type=int, default=1337, help="of --generate (default: 1337)")
     add("--out", type=Path, metavar="FILE", help="default: look.html beside the checkpoint")
-    add("--debug", action="store_true", help="show where an error comes from")
     parser.error = lambda message: parser.exit(
         2, f"look.py: error: {tokenizer.one_line(message)}; --help lists the options\n"
     )
@@ -366,8 +369,6 @@ def main(argv=None):
     try:
         out, data = look(args)
     except (ValueError, OSError, RuntimeError) as error:
-        if args.debug:
-            raise
         sys.exit(f"look.py: error: {tokenizer.one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

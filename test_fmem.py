@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
@@ -52,26 +51,25 @@ def error(got, want, floor=1e-30):
 
 
 def assert_close(bound, got, want):
-    """All tensors agree. A gradient of zero, as that of an erased h0, counts as 0.1 in size."""
-    errors = [error(g, w, floor=0.1) for g, w in zip(got, want, strict=True)]
+    """All tensors agree. A gradient of zero, as that of an erased h0, counts as 1 in size."""
+    errors = [error(g, w, floor=1.0) for g, w in zip(got, want, strict=True)]
     assert all(e < bound for e in errors), errors
 
 
-def scan_inputs(T, sharp=3.0, k=None, ends=True, B=2, m=6, d=10):
-    """theta, phi, xbar and h0 in float64; with `ends`, theta of exactly 0 and 1, also in a row."""
-    alpha = torch.softmax(sharp * torch.randn(B, T, m), -1)
+def scan_inputs(T, sharp=3.0, k=None):
+    """theta, phi, xbar and h0 in float64, with theta of exactly 0 and 1, also in a row."""
+    alpha = torch.softmax(sharp * torch.randn(2, T, 6), -1)
     if k is not None:
         top, rows = alpha.topk(k, -1)
         alpha = torch.zeros_like(alpha).scatter(-1, rows, top / top.sum(-1, keepdim=True))
-    theta = torch.sigmoid(sharp * torch.randn(B, T, 1)) * alpha
-    phi = torch.sigmoid(torch.randn(B, T, 1)) * alpha
-    if ends:
-        theta[0, ::7, 0] = 1.0
-        theta[-1, T // 2 : T // 2 + 20, 1] = 1.0
-        theta[-1, ::5] = 0.0
-        theta[0, -1, -1] = 1 - 2**-24  # the largest float32 below 1
-    xbar = torch.randn(B, T, d)
-    h0 = torch.randn(B, m, d)
+    theta = torch.sigmoid(sharp * torch.randn(2, T, 1)) * alpha
+    theta[0, ::7, 0] = 1.0
+    theta[1, T // 2 : T // 2 + 20, 1] = 1.0
+    theta[1, ::5] = 0.0
+    theta[0, -1, -1] = 1 - 2**-24  # the largest float32 below 1
+    phi = torch.sigmoid(torch.randn(2, T, 1)) * alpha
+    xbar = torch.randn(2, 10, T).mT  # not contiguous: any strides will do
+    h0 = torch.randn(2, 10, 6).mT
     return [v.double() for v in (theta, phi, xbar, h0)]
 
 
@@ -83,6 +81,24 @@ def with_gradients(scan, inputs, dtype=torch.float64):
     dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
     dh = torch.randn(hT.shape, generator=generator, dtype=torch.float64).to(hT)
     return [y, hT, *torch.autograd.grad((y * dy).sum() + (hT * dh).sum(), leaves)]
+
+
+def assert_same(scan, definition, inputs, bound):
+    """Outputs, last state and all gradients agree, in float64 to the bound, and in float32."""
+    want = with_gradients(definition, inputs)
+    assert_close(bound, with_gradients(scan, inputs), want)
+    got = with_gradients(scan, inputs, torch.float32)
+    assert all(g.dtype == torch.float32 for g in got)
+    assert_close(FLOAT32_ERROR, got, want)
+
+
+def by_steps(step, tokens, state=None):
+    """What a call for the whole sequence returns, from a step for each token."""
+    outputs = []
+    for token in tokens.unbind(1):
+        output, state = step(token, state)
+        outputs.append(output)
+    return torch.stack(outputs, 1), state
 
 
 @pytest.fixture(autouse=True)
@@ -117,102 +133,52 @@ def reference(layer, x, h):
     return torch.stack(ys), h
 
 
-@pytest.mark.parametrize("form", ["loop", "chunked"])
+@pytest.mark.parametrize("form", ["loop", "chunked", "recompute", "steps"])
 @pytest.mark.parametrize("k_rows", [None, 1, 3])
 def test_layer_is_the_papers_equations(form, k_rows):
     """Outputs, the last memory, and the gradients of x, the first memory and every weight."""
-    layer = FactorizationMemory(tiny(k_rows=k_rows, scan=form)).double()
+    config = tiny(k_rows=k_rows, scan="loop" if form == "loop" else "chunked")
+    config.recompute = form == "recompute"
+    bound = CHUNKED_ERROR if form in ("chunked", "recompute") else 1e-10
+    layer = FactorizationMemory(config).double()
     x = torch.randn(2, 41, 16, dtype=torch.float64, requires_grad=True)
     h = torch.randn(2, 8, 24, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(2, 41, 16, dtype=torch.float64)
     dh = torch.randn(2, 8, 24, dtype=torch.float64)
-    results = []
     sequences = [reference(layer, *sequence) for sequence in zip(x, h, strict=True)]
     by_hand = [torch.stack(part) for part in zip(*sequences, strict=True)]
-    for y, hT in (layer(x, h), by_hand):
+    by_layer = by_steps(layer.step, x, h) if form == "steps" else layer(x, h)
+    results = []
+    for y, hT in (by_layer, by_hand):
         loss = (y * dy).sum() + (hT * dh).sum()
         results.append([y, hT, *torch.autograd.grad(loss, [x, h, *layer.parameters()])])
-    assert_close(1e-10 if form == "loop" else CHUNKED_ERROR, *results)
+    assert_close(bound, *results)
 
 
 @pytest.mark.parametrize("k", [None, 1, 2])
 @pytest.mark.parametrize("sharp", [0.0, 3.0, 30.0])
 @pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 53, 130])
 def test_chunked_is_the_loop(T, sharp, k):
-    """Outputs, last memory and all gradients, theta of exactly 0 and 1 included."""
-    inputs = scan_inputs(T, sharp, k)
-    want = with_gradients(scan_loop, inputs)
-    assert_close(CHUNKED_ERROR, with_gradients(scan_chunked, inputs), want)
-    got = with_gradients(scan_chunked, inputs, torch.float32)
-    assert all(g.dtype == torch.float32 for g in got)
-    assert_close(FLOAT32_ERROR, got, want)
+    """Theta of exactly 0 and 1 included."""
+    assert_same(scan_chunked, scan_loop, scan_inputs(T, sharp, k), CHUNKED_ERROR)
 
 
+@pytest.mark.parametrize("cancel", [False, True])
 @pytest.mark.parametrize("theta", [0.0, 0.5, 1 - 1e-4, 1 - 1e-7, 1.0])
-def test_chunked_where_every_theta_is_the_same(theta):
-    """1: every row is the last xbar, in whole chunks. 0: nothing moves."""
+def test_chunked_where_every_theta_is_the_same(theta, cancel):
+    """1: every row is the last xbar, in whole chunks. 0: nothing moves.
+
+    If writes cancel, a row's length is a small difference of large numbers; it stays exact.
+    """
     inputs = scan_inputs(70)
     inputs[0] = torch.full_like(inputs[0], theta)
-    want = with_gradients(scan_loop, inputs)
-    assert_close(CHUNKED_ERROR, with_gradients(scan_chunked, inputs), want)
-    assert_close(FLOAT32_ERROR, with_gradients(scan_chunked, inputs, torch.float32), want)
-
-
-def test_chunked_when_writes_cancel():
-    """The length of a row that cancels is a small difference of large numbers; it stays exact."""
-    theta, phi, xbar, h0 = scan_inputs(32, ends=False)
-    xbar[:, 1::2] = -xbar[:, ::2]
-    inputs = [torch.full_like(theta, 0.5), phi, xbar, h0]
-    want = with_gradients(scan_loop, inputs)
-    assert_close(FLOAT32_ERROR, with_gradients(scan_chunked, inputs, torch.float32), want)
-
-
-@pytest.mark.parametrize("scan", [scan_loop, scan_chunked])
-def test_gradients_are_finite_differences(scan):
-    """theta keeps away from its ends by more than gradcheck's step of 1e-6."""
-    theta, phi, xbar, h0 = scan_inputs(19, ends=False, B=1, m=3, d=4)
-    inputs = [v.requires_grad_() for v in (theta.clamp(1e-3, 1 - 1e-3), phi, xbar, h0)]
-    assert torch.autograd.gradcheck(scan, inputs)
-
-
-@pytest.mark.parametrize("scan", [scan_loop, scan_chunked])
-def test_scan_takes_any_strides_and_leaves_its_inputs_alone(scan):
-    inputs = scan_inputs(40)
-    strided = [v.mT.contiguous().mT for v in inputs]
-    before = [v.clone() for v in strided]
-    assert_close(LOOP_ERROR, scan(*strided), scan(*inputs))
-    assert all(torch.equal(a, b) for a, b in zip(strided, before, strict=True))
-
-
-@pytest.mark.parametrize("wrong", range(4))
-@pytest.mark.parametrize("scan", [scan_loop, scan_chunked])
-def test_scan_refuses_what_does_not_fit(scan, wrong):
-    inputs = scan_inputs(5)
-    inputs[wrong] = inputs[wrong][:, 1:]
-    with pytest.raises(ValueError, match="a scan takes"):
-        scan(*inputs)
-    with pytest.raises(ValueError, match="a scan takes"):
-        scan(*(v[:, :0] for v in inputs[:3]))  # no tokens
-
-
-def test_recompute_changes_nothing():
-    """Not even a bit: the same operations run, twice."""
-    tokens = torch.randint(50, (2, 40))
-    losses = []
-    gradients = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        model = FMem(tiny(recompute=recompute))
-        loss = model(tokens)[0].square().mean()
-        losses.append(loss)
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert torch.equal(*losses)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    if cancel:
+        xbar = inputs[2]
+        xbar[:, 1::2] = -xbar[:, ::2]
+    assert_same(scan_chunked, scan_loop, inputs, CHUNKED_ERROR)
 
 
 # ---- The kernel
-
-SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 33, 4, 1), (2, 5, 33, 40)]  # the last needs two blocks
 
 
 def loop_recurrence(keep, write, first):
@@ -230,65 +196,44 @@ def recurrence_inputs(G, T, m, d):
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 3, 5), (3, 33, 4, 1), (2, 5, 33, 40)])
 def test_kernel_is_the_recurrence(shape):
-    inputs = recurrence_inputs(*shape)
-    want = with_gradients(loop_recurrence, inputs)
-    assert_close(LOOP_ERROR, with_gradients(kernel.recurrence, inputs), want)
-    assert_close(FLOAT32_ERROR, with_gradients(kernel.recurrence, inputs, torch.float32), want)
+    """The last shape needs two blocks."""
+    assert_same(kernel.recurrence, loop_recurrence, recurrence_inputs(*shape), LOOP_ERROR)
 
 
 @needs_triton
 @pytest.mark.parametrize("T", [1, 32, 53])
 def test_chunked_with_the_kernel_is_the_loop(T, monkeypatch):
-    inputs = scan_inputs(T, k=2)
-    want = with_gradients(scan_loop, inputs)
     monkeypatch.setattr(fmem, "recurrence", kernel.recurrence)
-    assert_close(CHUNKED_ERROR, with_gradients(scan_chunked, inputs), want)
-    assert_close(FLOAT32_ERROR, with_gradients(scan_chunked, inputs, torch.float32), want)
+    assert_same(scan_chunked, scan_loop, scan_inputs(T, k=2), CHUNKED_ERROR)
 
 
 # ---- The layer and the model
 
 
-def test_step_touches_only_k_rows():
+def test_only_the_k_rows_of_a_token_change():
+    """All other rows keep their value exactly."""
     layer = FactorizationMemory(tiny())
+    x = torch.randn(5, 16)
     h = torch.randn(5, 8, 24)
     before = h.clone()
-    _, after = layer.step(torch.randn(5, 16), h)
-    assert ((after != before).any(-1).sum(-1) == 3).all()
+    _, _, rows = fmem.route(x, layer)
+    chosen = torch.zeros(5, 8, dtype=torch.bool).scatter(1, rows, True)
+    _, whole = layer(x[:, None], h)
+    _, stepped = layer.step(x, h)
     assert torch.equal(h, before)  # with gradients h is left alone
     with torch.no_grad():
-        _, after = layer.step(torch.randn(5, 16), h)
-    assert ((after != before).any(-1).sum(-1) == 3).all()
-    assert after.data_ptr() == h.data_ptr()
-
-
-def test_a_row_outside_the_top_k_keeps_its_value_exactly():
-    layer = FactorizationMemory(tiny(k_rows=1))
-    x = torch.randn(1, 1, 16)
-    h = torch.randn(1, 8, 24)
-    row = fmem.route(x, layer)[2].item()
-    _, after = layer(x, h)
-    assert [i for i in range(8) if not torch.equal(after[0, i], h[0, i])] == [row]
-
-
-@pytest.mark.parametrize("form", ["loop", "chunked"])
-def test_causality(form):
-    """Changing token 20 changes nothing before it."""
-    model = FMem(tiny(scan=form))
-    tokens = torch.randint(50, (1, 40))
-    changed = tokens.clone()
-    changed[0, 20] = (tokens[0, 20] + 1) % 50
-    before, _ = model(tokens)
-    after, _ = model(changed)
-    assert error(after[:, :20], before[:, :20]) < 1e-6  # the lengths of a chunk share a product
-    assert error(after[:, 20:], before[:, 20:]) > 1e-3
+        _, in_place = layer.step(x, h)
+    assert in_place.data_ptr() == h.data_ptr()
+    for after in (whole, stepped, in_place):
+        assert torch.equal((after != before).any(-1), chosen)
 
 
 @pytest.mark.parametrize("k_rows", [None, 3])
 @pytest.mark.parametrize("form", ["loop", "chunked"])
 def test_whole_is_split_anywhere_is_step_by_step(k_rows, form):
+    """So no output depends on a later token, either."""
     model = FMem(tiny(k_rows=k_rows, scan=form)).double()
     tokens = torch.randint(50, (2, 70))
     bound = LOOP_ERROR if form == "loop" else CHUNKED_ERROR
@@ -298,38 +243,9 @@ def test_whole_is_split_anywhere_is_step_by_step(k_rows, form):
         second, last = model(tokens[:, cut:], middle)
         assert_close(bound, [torch.cat([first, second], 1), *last], [logits, *state])
     for grad in (False, True):
-        steps = []
-        last = None
         with torch.set_grad_enabled(grad):
-            for token in tokens.unbind(1):
-                step_logits, last = model(token, last)
-                steps.append(step_logits)
-        assert_close(bound, [torch.stack(steps, 1), *last], [logits, *state])
-
-
-def test_gradients_through_steps():
-    model = FMem(tiny()).double()
-    tokens = torch.randint(50, (2, 20))
-    dlogits = torch.randn(2, 20, 50, dtype=torch.float64)
-    want = torch.autograd.grad((model(tokens)[0] * dlogits).sum(), list(model.parameters()))
-    total = 0
-    state = None
-    for t in range(20):
-        logits, state = model(tokens[:, t], state)
-        total = total + (logits * dlogits[:, t]).sum()
-    assert_close(CHUNKED_ERROR, torch.autograd.grad(total, list(model.parameters())), want)
-
-
-def test_a_given_state_is_not_changed():
-    model = FMem(tiny())
-    tokens = torch.randint(50, (1, 20))
-    with torch.no_grad():
-        _, state = model(tokens)
-        before = [h.clone() for h in state]
-        model(tokens, state)
-    for prompt in (tokens, tokens[:, :1]):  # a single token is a step, which works in place
-        list(model.generate(prompt, 5, state))
-    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+            stepped, last = by_steps(model, tokens)
+        assert_close(bound, [stepped, *last], [logits, *state])
 
 
 def test_initialisation():
@@ -349,14 +265,9 @@ def test_initialisation():
         # Of 16,384 numbers or more the standard deviation is known to 0.6 %; five times that.
         assert weight.std().item() == pytest.approx(std, rel=0.03)
         assert abs(weight.mean().item()) < 0.05 * std
-    x = F.rms_norm(torch.randn(512, 256), (256,))
-    assert (memory.W_alpha(x) / 0.125).std().item() == pytest.approx(3.0, rel=0.05)
-    theta, phi, _ = fmem.route(x, memory)
+    theta, phi, _ = fmem.route(torch.randn(512, 256), memory)
     assert torch.allclose(theta.sum(-1), torch.tensor(0.5))  # eta and mu start at 1/2
     assert torch.allclose(phi.sum(-1), torch.tensor(0.5))
-    assert model.head.weight is model.embed.weight
-    untied = FMem(tiny(tie_embeddings=False))
-    assert untied.head.weight is not untied.embed.weight
 
 
 def test_autocast_rounds_products_alone():
@@ -382,26 +293,12 @@ def test_autocast_rounds_products_alone():
     assert error(hT, want_h) < 1e-2
 
 
-def test_config_says_what_is_wrong():
-    wrong = [("vocab_size", 0), ("d_model", 2.5), ("k_rows", 9), ("k_rows", 0), ("tau", 0)]
-    wrong += [("tau", math.nan), ("alpha_std", math.inf), ("dropout", 1.0), ("scan", "fast")]
-    for name, value in wrong:
-        with pytest.raises(ValueError, match=name):
-            tiny(**{name: value})
-
-
 # ---- Generation
 
 
-def shares(**choice):
-    """How often each of five tokens is drawn from known logits."""
-    logits = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log().expand(4000, -1)
-    drawn = fmem.sample(logits, generator=torch.Generator().manual_seed(0), **choice)
-    return (torch.bincount(drawn, minlength=5) / 4000).tolist()
-
-
-def test_sample_on_known_logits():
-    wanted = [
+@pytest.mark.parametrize(
+    "choice, want",
+    [
         ({}, [0.4, 0.3, 0.15, 0.1, 0.05]),
         ({"temperature": 0}, [1, 0, 0, 0, 0]),
         ({"temperature": 1e-30}, [1, 0, 0, 0, 0]),
@@ -410,64 +307,70 @@ def test_sample_on_known_logits():
         ({"top_k": 99}, [0.4, 0.3, 0.15, 0.1, 0.05]),
         ({"top_p": 1e-9}, [1, 0, 0, 0, 0]),
         ({"top_p": 0.75}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
-    ]
-    for choice, want in wanted:
-        got = shares(**choice)
-        assert got == pytest.approx(want, abs=0.03)  # 4,000 draws: standard deviation under 0.008
-        assert [g > 0 for g in got] == [w > 0 for w in want]
-
-
-def test_sample_says_what_is_wrong():
-    wrong = [
-        ("temperature", -1),
-        ("temperature", math.nan),
-        ("top_k", 0),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-    ]
-    for name, value in wrong:
-        with pytest.raises(ValueError, match=name):
-            fmem.sample(torch.zeros(1, 4), **{name: value})
-
-
-def louder(model, factor=3):
-    """The model with logits that differ clearly."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(factor)
-    return model
-
-
-def test_generate_is_the_model_over_and_over():
-    model = louder(FMem(tiny()))
-    prompt = torch.randint(50, (2, 23))
-    tokens = prompt
-    for _ in range(12):
-        logits, _ = model(tokens)
-        tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
-    greedy = torch.stack(list(model.generate(prompt, 12, temperature=0)), 1)
-    assert torch.equal(greedy, tokens[:, 23:])
-    assert list(model.generate(prompt, 0)) == []
-    with pytest.raises(ValueError, match="tokens"):
-        next(model.generate(prompt[:, :0], 1))
+    ],
+)
+def test_sample_on_known_logits(choice, want):
+    logits = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log().expand(4000, -1)
+    drawn = fmem.sample(logits, generator=torch.Generator().manual_seed(0), **choice)
+    shares = (torch.bincount(drawn, minlength=5) / 4000).tolist()
+    assert shares == pytest.approx(want, abs=0.03)  # standard deviation under 0.008
+    assert [s > 0 for s in shares] == [w > 0 for w in want]
 
 
 @pytest.mark.parametrize("prefill", [4096, 7])
-def test_generate_continues_from_its_state(prefill, monkeypatch):
-    model = louder(FMem(tiny()))
-    prompt = torch.randint(50, (1, 40))
-    whole = [token.item() for token in model.generate(prompt, 20, temperature=0)]
+def test_generate_is_the_model_over_and_over_and_continues_from_its_state(prefill, monkeypatch):
+    model = FMem(tiny())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that logits differ clearly
+    prompt = torch.randint(50, (2, 40))
+    tokens = prompt
+    for _ in range(20):
+        logits, _ = model(tokens)
+        tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
     monkeypatch.setattr(fmem, "PREFILL", prefill)
-    states = []
+    written = list(model.generate(prompt, 8, temperature=0))
+    first = [token for token, _ in written]
+    _, state = written[-1]
+    before = [h.clone() for h in state]
+    # A prompt of a single token is a step, which works in place, on a copy of the state.
+    continued = model.generate(first[-1][:, None], 12, state, temperature=0)
+    rest = [token for token, _ in continued]
+    assert torch.equal(torch.stack(first + rest, 1), tokens[:, 40:])
+    with torch.no_grad():
+        model(prompt, state)  # a whole call does not change it either
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
-    def first_part():
-        states.append((yield from model.generate(prompt, 8, temperature=0)))
 
-    first = [token.item() for token in first_part()]
-    rest = model.generate(torch.tensor([first[-1:]]), 12, states[0], temperature=0)
-    assert first + [token.item() for token in rest] == whole
-    logits, _ = model(prompt, states[0])  # and training can go on from it
-    logits.sum().backward()
+ONES = torch.ones(2, 5, 6)
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("vocab_size", lambda: tiny(vocab_size=0)),
+        ("d_model", lambda: tiny(d_model=2.5)),
+        ("k_rows", lambda: tiny(k_rows=9)),
+        ("tau", lambda: tiny(tau=0)),
+        ("tau", lambda: tiny(tau=math.nan)),
+        ("alpha_std", lambda: tiny(alpha_std=math.inf)),
+        ("dropout", lambda: tiny(dropout=1.0)),
+        ("scan", lambda: tiny(scan="fast")),
+        ("a scan takes", lambda: scan_loop(ONES, ONES[:, 1:], ONES)),
+        ("a scan takes", lambda: scan_chunked(ONES, ONES, ONES[:, 1:])),
+        ("a scan takes", lambda: scan_chunked(ONES, ONES, ONES, h0=ONES)),
+        ("a scan takes", lambda: scan_chunked(ONES[:, :0], ONES[:, :0], ONES[:, :0])),
+        ("temperature", lambda: fmem.sample(ONES[0], temperature=-1)),
+        ("temperature", lambda: fmem.sample(ONES[0], temperature=math.nan)),
+        ("top_k", lambda: fmem.sample(ONES[0], top_k=0)),
+        ("top_p", lambda: fmem.sample(ONES[0], top_p=0.0)),
+        ("top_p", lambda: fmem.sample(ONES[0], top_p=1.1)),
+        ("tokens", lambda: next(FMem(tiny()).generate(torch.zeros(1, 0), 1))),
+    ],
+)
+def test_what_cannot_work_is_named(name, call):
+    with pytest.raises(ValueError, match=name):
+        call()
 
 
 # ---- The file and its checkpoints
@@ -510,12 +413,7 @@ def test_load_says_what_is_wrong_in_one_line(tmp_path):
     assert "train.py" in message()  # there is none yet
     path.write_text("not a checkpoint")
     message()
-    for wrong in (
-        {"format": "fmem checkpoint 1"},
-        {"layer": "os"},
-        {"config": {"n_layer": 0}},
-        {"model": {}},
-    ):
+    for wrong in ({"format": "other"}, {"layer": "os"}, {"config": {"n_layer": 0}}, {"model": {}}):
         save(path, model, **wrong)
         message()
     save(path, model)
@@ -541,7 +439,7 @@ for _ in range(60):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-written = [token.item() for token in model.generate(tokens[:, :5], 20, temperature=0)]
+written = [token.item() for token, _ in model.generate(tokens[:, :5], 20, temperature=0)]
 assert written == list(range(5, 25)), (loss, written)
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -549,25 +447,12 @@ assert written == list(range(5, 25)), (loss, written)
     assert done.returncode == 0, done.stderr
 
 
-# Ten losses of a small run. They change only if the model, its initialisation, the order of the
-# data or the optimiser does; another PyTorch may round otherwise, hence 1e-4.
-FIRST_LOSSES = [
-    5.68353,
-    5.65325,
-    5.55892,
-    5.44477,
-    5.42438,
-    5.29087,
-    5.28547,
-    5.18291,
-    5.22266,
-    5.18187,
-]
-
-
-def test_first_losses(small, tmp_path):
+def test_losses_of_a_small_run(small, tmp_path):
+    """They change only if the model, its initialisation, the data or the optimiser does."""
     train = pytest.importorskip("train")
     train.train({**small, "out": str(tmp_path), "max_steps": 10, "dropout": 0.0})
     with open(tmp_path / "log.csv", newline="") as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
-    assert losses == pytest.approx(FIRST_LOSSES, abs=1e-4)
+    first_and_last = [losses[0], losses[-1]]
+    # Another PyTorch may round otherwise, hence 1e-4.
+    assert first_and_last == pytest.approx([5.68353, 5.18187], abs=1e-4)

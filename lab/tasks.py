@@ -15,8 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from train import OptionError
-
 KEYS = 64  # tokens 0 ... 63: the keys, or the noise
 VALUES = 64  # tokens 64 ... 127: the values, of which the first ten are the digits
 DIGITS = 10
@@ -65,9 +63,9 @@ class Recall:
     columns = ("val_accuracy",)
 
     def __init__(self, settings):
-        """Raises OptionError for a context that is too short."""
+        """Raises ValueError for a context that is too short."""
         if settings.context < self.least_context:
-            raise OptionError(
+            raise ValueError(
                 f"--data {self.corpus} needs a --context of at least {self.least_context}, "
                 f"not {settings.context}"
             )

@@ -25,7 +25,7 @@ LAYERS = {
 
 
 def make_parser():
-    parser = train.Parser(prog="lab.train", description=__doc__.split("\n")[0])
+    parser = train.make_parser("lab.train")
     parser.add_argument("--layer", choices=LAYERS, help="what stands in the blocks [memory]")
     parser.add_argument("--conv", type=int, help="width of a short convolution [mamba2: 4, else 0]")
     parser.add_argument("--gate", action="store_true", help="memory: gate and norm for the read")
@@ -38,10 +38,10 @@ def make_parser():
 
 
 def pick_layer(name, arguments):
-    """The class of a layer, and its arguments. Raises OptionError for one that it does not have."""
+    """The class of a layer, and its arguments. Raises ValueError for one that it does not have."""
     layer, known = LAYERS[name]
     for argument in arguments.keys() - set(known):
-        raise train.OptionError(f"--{argument} is not an option of --layer {name}")
+        raise ValueError(f"--{argument} is not an option of --layer {name}")
     if layer is ExtendedMemory and not any(arguments.values()):
         return FactorizationMemory, {}  # the paper's
     return layer, arguments
@@ -49,7 +49,7 @@ def pick_layer(name, arguments):
 
 def main(argv=None):
     given = vars(make_parser().parse_args(argv))
-    with train.one_line_errors("lab.train", given.pop("debug", False)):
+    with train.one_line_errors("lab.train"):
         names = {name for _, known in LAYERS.values() for name in known}
         arguments = {name: given.pop(name) for name in names & given.keys()}
         name = given.pop("layer", None)

@@ -65,7 +65,7 @@ def test_generate_is_ours(exported, monkeypatch):
     hidden = Mock(side_effect=theirs.model.hidden)
     monkeypatch.setattr(theirs.model, "hidden", hidden)
     tokens = theirs.generate(**prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)
-    assert tokens[0, prompt.input_ids.shape[1] :].tolist() == [int(token) for token in ours]
+    assert tokens[0, prompt.input_ids.shape[1] :].tolist() == [token.item() for token, _ in ours]
     shapes = [call.args[0].shape for call in hidden.call_args_list]
     assert shapes == [prompt.input_ids.shape] + [(1,)] * 39
 

@@ -9,7 +9,7 @@ import torch
 from lab import bench, experiments, results
 
 TINY = (
-    "python -m lab.train --sample_tokens 0 --data mqar --n_layer 1 --d_model 16 --n_rows 4 "
+    "python -m lab.train --data mqar --n_layer 1 --d_model 16 --n_rows 4 "
     "--k_rows 2 --context 16 --batch_size 2 --eval_every 2 --eval_tokens 64"
 )
 

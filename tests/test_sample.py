@@ -48,11 +48,10 @@ def script(monkeypatch, tokens):
     """Have these tokens chosen, whatever the model says. A single byte has its value as number."""
 
     def choose(logits, *arguments, **options):
-        if logits.shape[-1] == ENC.n_vocab:  # else the options are checked
-            token = tokens.pop(0)
-            if token is KeyboardInterrupt:
-                raise token
-            return torch.tensor([token])
+        token = tokens.pop(0)
+        if token is KeyboardInterrupt:
+            raise token
+        return torch.tensor([token])
 
     monkeypatch.setattr(fmem, "sample", choose)
 
@@ -86,10 +85,12 @@ def refused(write, capsys):
         with pytest.raises(SystemExit) as end:
             write(*arguments, **options)
         out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if "a test corpus;" not in line]
-        assert end.value.code == code and out == "" and len(lines) == 1
-        assert lines[0].startswith("sample.py: error: ") and lines[0].isprintable()
-        return lines[0]
+        message = end.value.code  # as sys.exit has it; argparse prints its own, with code 2
+        if code == 2:
+            assert message == 2
+            message = err.removesuffix("\n")
+        assert message.startswith("sample.py: error: ") and message.isprintable() and out == ""
+        return message
 
     return refused
 
@@ -135,7 +136,7 @@ def test_text_is_shown_as_it_is_generated_and_characters_whole(write, monkeypatc
     monkeypatch.setattr(sample, "show", lambda string: shown.append((string, len(to_come))))
     write("--max_new_tokens", 8, "--prompt", "ü")
     assert shown[:6] == [("ü", 8), ("", 7), ("é", 6), ("", 5), ("", 4), ("東", 3)]
-    assert shown[6:] == [("\ufffd", 2), ("!", 1), ("\ufffd", 0), ("\n", 0)]
+    assert shown[6:] == [("\ufffd", 2), ("!", 1), ("", 0), ("\ufffd", 0), ("\n", 0)]
 
 
 def test_choices(write):
@@ -162,8 +163,8 @@ def test_a_saved_state_continues_as_if_never_stopped(layer, write):
     model = random_model(**LAYERS[layer])
     start = ["--prompt", "über", "--seed", 3]
     whole = write(*start, "--max_new_tokens", 40, model=model)
-    save = ["--save_state", "new/folder/s"]
-    load = ["--load_state", "new/folder/s"]
+    save = ["--save_state", "s"]
+    load = ["--load_state", "s"]
     pieces = write(*start, *save, "--max_new_tokens", 0, model=model)
     for count in (1, 9):
         pieces += write(*load, *save, "--max_new_tokens", count, model=model)
@@ -192,10 +193,6 @@ def test_files_that_are_no_state_of_this_model(write, refused, run):
     for name in ("cut", "empty", "none", run / "last.pt"):
         assert str(name) in refused("--load_state", name)
     assert "another model" in refused("--load_state", "s", model=random_model(seed=1))
-    numbers = torch.zeros(16, dtype=torch.uint8)  # the size that they have on a GPU
-    torch.save({**sample.read_saved("s"), "generator": numbers}, "gpu")
-    assert "--seed" in refused("--load_state", "gpu")
-    assert write("--load_state", "gpu", "--seed", 1) == write("--load_state", "s", "--seed", 1)
 
 
 def test_no_other_file_is_replaced(write, refused):
@@ -214,9 +211,8 @@ def test_a_full_disk_leaves_the_old_state(write, tmp_path, monkeypatch, capsys):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="sample.py: error: No space left on device"):
         write("--save_state", "s", "--max_new_tokens", 6)
-    assert "sample.py: error: No space left on device\n" in capsys.readouterr().err
     assert Path("s").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
@@ -237,20 +233,19 @@ def test_a_conversation_is_one_text(write, monkeypatch):
     tokens += [*ENC.encode("\n/quit\n"), *b"de\n", *b"fg\xc3", *ENC.encode("\nüber\n"), *b"h"]
     tokens += [ENC.eot_token, *ENC.encode("sea\n"), *b"i", *ENC.encode("\n東京\n"), *b"jkl"]
     saved = sample.read_saved("s")
-    assert saved["token"] == tokens[-1]
+    assert saved["unread"] == tokens[-1:]
     _, state = random_model()(torch.tensor([tokens[:-1]]))
     torch.testing.assert_close(saved["state"], state)  # to 1e-7, for sums in another order
 
 
 def test_ctrl_c_ends_the_program_and_says_what_is_not_saved(write, monkeypatch):
     script(monkeypatch, [*b"ab", KeyboardInterrupt])
-    with pytest.raises(SystemExit, match="s is not written"):
+    with pytest.raises(SystemExit, match="no state was written"):
         write("--save_state", "s")
     assert not Path("s").exists()
 
 
-WRONG = """--top_q 1 | --temp 1 | --seed x\x1b[31m | --top_p 2 | --temperature nan | --top_k 0
-| --max_new_tokens -5 | --num_samples 0 | --threads 0
+WRONG = """--top_q 1 | --temp 1 | --seed x\x1b[31m | --max_new_tokens -5 | --num_samples 0
 | --num_samples 2 --interactive | --num_samples 2 --save_state s | --num_samples 2 --load_state s"""
 
 
@@ -261,30 +256,25 @@ def test_a_wrong_command_line_is_one_line(arguments, refused):
 
 
 def test_what_cannot_be_used_is_one_line(refused, run):
+    for option, value in (("--top_p", 2), ("--temperature", "nan"), ("--top_k", 0)):
+        assert option[2:] in refused(option, value)
     refused("--device", "abacus")
+    refused("--threads", 0)
     refused("--checkpoint", "none.pt")
     recall = torch.load(run / "best.pt") | {"tokenizer": None, "corpus": "recall of 8"}
     torch.save(recall, "recall.pt")
     assert "recall of 8, which is not text" in refused("--checkpoint", "recall.pt")
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_the_step_is_compiled_and_where_that_fails_it_goes_on_without(broken, write, monkeypatch):
+def test_the_step_is_compiled_and_nothing_else(write, monkeypatch):
     shapes = set()
 
     def backend(graph, inputs):
-        if broken:
-            raise RuntimeError("no compiler here\nand more")
         shapes.update(part.shape for part in inputs if part.dtype == torch.long)
         return graph.forward
 
     options = ["--prompt", "the river", "--num_samples", 2, "--max_new_tokens", 20]
     want = write(*options)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    try:
-        assert write(*options, "--compile") == want
-    finally:
-        torch.compiler.set_stance("default")
-        torch.compiler.reset()
-    assert write.err.count("--compile failed") == broken and write.err.count("\n") == 1 + broken
-    assert broken or shapes == {(2,)}
+    assert write(*options, "--compile") == want
+    assert shapes == {(2,)}

@@ -140,11 +140,14 @@ def test_killed_at_any_moment(kills, small, tmp_path):
 
 
 def test_a_second_signal_ends_at_once():
-    with train.signals() as received:
-        signal.raise_signal(signal.SIGINT)
-        assert received == [signal.SIGINT]
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.ExitStack() as stack:
+        received = train.note_signals(stack)
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_resume_with_another_batch_size_repeats_and_skips_nothing(small, tmp_path, monkeypatch):
@@ -215,11 +218,10 @@ def test_a_renamed_checkout_resumes_on_its_own_data(small, corpus, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "step-8.pt"])
-def test_any_checkpoint_counts_as_a_run(name, small, tmp_path, capsys):
+def test_any_checkpoint_counts_as_a_run(name, small, tmp_path):
     (tmp_path / name).write_bytes(b"weights")
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit, match="--overwrite"):
         train.main(options(small, tmp_path))
-    assert exit.value.code == 2 and "--overwrite" in capsys.readouterr().err
     assert (tmp_path / name).read_bytes() == b"weights"
 
 
@@ -248,15 +250,13 @@ def test_a_log_and_a_picture_without_a_run_are_not_ours(small, tmp_path):
     assert aside.read_text() == (tmp_path / "loss.png").read_text() == "mine"
 
 
-def test_two_runs_in_one_folder_are_refused(small, tmp_path, monkeypatch, capsys):
+def test_two_runs_in_one_folder_are_refused(small, tmp_path, monkeypatch):
     def second():
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="another run"):
             train.main(options(small, tmp_path))
 
     before_step(monkeypatch, 2, second)
     assert train.train({**small, "out": str(tmp_path), "max_steps": 3})["step"] == 3
-    errors = capsys.readouterr().err
-    assert "another run" in errors and errors.count("\n") == 1
 
 
 def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatch):
@@ -391,14 +391,12 @@ def test_any_number_of_processes_is_one_run(small, tmp_path, monkeypatch):
         assert torch.allclose(weight, n["model"][name], rtol=0, atol=1e-4)
 
 
-def test_too_little_memory_is_one_line_and_nothing_is_retried(small, tmp_path, monkeypatch, capsys):
+def test_too_little_memory_is_one_line_and_nothing_is_retried(small, tmp_path, monkeypatch):
     forward = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nmore lines"))
     monkeypatch.setattr(FMem, "forward", forward)
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit, match="--micro_batch.*--recompute.*--context"):
         train.main(options(small, tmp_path))
-    errors = capsys.readouterr().err
-    assert exit.value.code == 1 and forward.call_count == 1 and errors.count("\n") == 1
-    assert all(name in errors for name in ("--micro_batch", "--recompute", "--context"))
+    assert forward.call_count == 1
 
 
 BAD = "--max-steps=1 --max_steps=many --max_steps=0 --lr=nan --k_rows=99 --dtype=int8"
@@ -409,9 +407,10 @@ BAD += " --device=cuda:99 --preset=tpu --context=9999999 --data=nowhere --data=\
 def test_bad_input_is_one_line(option, small, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main([*options(small, tmp_path / "out"), option])
-    errors = capsys.readouterr().err
-    assert exit.value.code == (1 if option.startswith("--data") else 2)
-    assert re.fullmatch(r"train\.py: error: .+\n", errors) and errors[:-1].isprintable()
+    message = exit.value.code
+    if message == 2:  # argparse
+        message = capsys.readouterr().err.removesuffix("\n")
+    assert message.startswith("train.py: error: ") and message.isprintable()
     assert not (tmp_path / "out/last.pt").exists()
 
 
