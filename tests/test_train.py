@@ -121,7 +121,8 @@ def test_killed_at_any_moment(kills, small, tmp_path):
     """There is a checkpoint at nearly every step, so that kills hit some that are half-written."""
     given = {**small, **UNEVEN, "max_steps": 8 * kills, "eval_every": 2}
     rng = random.Random(kills)
-    out, errors = tmp_path / "out", tmp_path / "errors"
+    out = tmp_path / "out"
+    errors = tmp_path / "errors"
 
     def life():
         begun = (out / "last.pt").is_file()
@@ -205,7 +206,8 @@ def test_what_cannot_be_resumed_gets_one_line(run, tmp_path):
 
 def test_a_renamed_checkout_resumes_on_its_own_data(small, corpus, tmp_path, monkeypatch):
     """Nothing in a checkpoint is bound to a machine: no absolute path, no device."""
-    first, second = tmp_path / "first", tmp_path / "second"
+    first = tmp_path / "first"
+    second = tmp_path / "second"
     shutil.copytree(corpus, first / "data")
     monkeypatch.chdir(first)
     train.train({**small, "data": str(first / "data"), "max_steps": 2})  # out is the default one
@@ -264,7 +266,8 @@ def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatc
     columns = {"val_bpb": 1.0, "val_tokens": 1}
     monkeypatch.setattr(train.Text, "validate", lambda *a: (next(losses), "", columns))
     train.train({**small, "out": str(tmp_path), "keep_every": 10})
-    best, last = read(tmp_path / "best.pt"), read(tmp_path / "last.pt")
+    best = read(tmp_path / "best.pt")
+    last = read(tmp_path / "last.pt")
     assert (best["step"], best["val_loss"], last["best"]) == (10, 3.0, 3.0)
     assert same(best["model"], read(tmp_path / "step-10.pt")["model"])
     assert "optimizer" not in best and "log" not in best
@@ -273,7 +276,8 @@ def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatc
 @needs_fork
 def test_a_full_disk_is_one_line(run, tmp_path):
     resource = pytest.importorskip("resource", reason="a limit on files stands for the disk")
-    out, errors = tmp_path / "out", tmp_path / "errors"
+    out = tmp_path / "out"
+    errors = tmp_path / "errors"
     shutil.copytree(run, out)
     before = (out / "last.pt").read_bytes()
 
