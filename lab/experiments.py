@@ -48,7 +48,7 @@ LARGE = (
 )
 SMALL = f"{TRAIN} --n_layer 4 --d_model 96 --context 256 --batch_size 8 --max_steps 200"
 RECALL = f"{TRAIN} --n_layer 2 --d_model 64 --n_rows 64 --k_rows 16"
-MQAR = f"{RECALL} --data mqar --context 64 --batch_size 32 --max_steps 4800 --eval_every 400"
+MQAR = f"{RECALL} --data mqar --context 64 --batch_size 32 --eval_every 400"
 MQAR256 = f"{RECALL} --data mqar --context 256 --batch_size 8 --max_steps 4800 --eval_every 800"
 PASSKEY = f"{RECALL} --data passkey --context 256 --batch_size 8 --max_steps 600"
 TINY = "python train.py --preset cpu --data data/tinyshakespeare --max_steps 600 --eval_every 100"
@@ -80,7 +80,6 @@ ROWS = {f"m={m},k={k}": f"--n_rows {m} --k_rows {k}" for m, k in SHAPES}
 SHARED = {f"shared,m={m},k={k}": f"--shared_row --n_rows {m + 1} --k_rows {k}" for m, k in SHAPES}
 LIMITS = {f"{n}-seconds": f"--seconds {n}" for n in (100, 300, 900)}
 RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
-MORE_RATES = ("1e-3", *RATES)
 SEEDS = ("1337", "1", "2")
 
 GROUPS = {
@@ -90,8 +89,8 @@ GROUPS = {
     "large": Group(LARGE, MODELS, "rates", SEEDS[:1]),
     "extensions": Group(SHORT, {**EXTENSIONS, **WIDE}, ("8e-3",), SEEDS),
     "rows": Group(SMALL, {**ROWS, **SHARED}, ("8e-3",), SEEDS),
-    "recall-rates": Group(MQAR, {**RECALL_MODELS, **HEADS}, MORE_RATES, SEEDS[:1]),
-    "recall": Group(MQAR, {**RECALL_MODELS, **HEADS}, "recall-rates", SEEDS),
+    "recall-rates": Group(f"{MQAR} --max_steps 1600", {**RECALL_MODELS, **HEADS}, RATES, SEEDS[:1]),
+    "recall": Group(f"{MQAR} --max_steps 4800", RECALL_MODELS, "recall-rates", SEEDS),
     "recall256": Group(MQAR256, RECALL_MODELS, "recall-rates", SEEDS),
     "passkey": Group(PASSKEY, RECALL_MODELS, "recall-rates", SEEDS),
     "default": Group("python train.py --preset cpu", {"default": ""}, ("4e-3",), SEEDS),
