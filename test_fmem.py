@@ -139,6 +139,7 @@ def test_layer_is_the_papers_equations(form, k_rows):
     """Outputs, the last memory, and the gradients of x, the first memory and every weight."""
     config = tiny(k_rows=k_rows, scan="loop" if form == "loop" else "chunked")
     config.recompute = form == "recompute"
+    assert config.k_rows == (k_rows or 8)
     bound = CHUNKED_ERROR if form in ("chunked", "recompute") else 1e-10
     layer = FactorizationMemory(config).double()
     x = torch.randn(2, 41, 16, dtype=torch.float64, requires_grad=True)

@@ -16,7 +16,7 @@ Every field of Settings is an option. A run writes into --out:
 
 All that is random in a step follows from the seed, the step, the position in the data and the
 process. So a resumed run equals the unbroken one bit for bit, log.csv included (but for its
-seconds), if the numbers of threads and processes are the same.
+seconds), given the same numbers of threads and processes, and no --seconds.
 """
 
 import argparse
@@ -122,7 +122,7 @@ NOT_SAVED = ("out", "resume", "overwrite", "device", "fsdp")
 
 
 def int_or_none(text):
-    return None if text == "none" else int(text)
+    return None if text.lower() == "none" else int(text)
 
 
 def make_parser(prog):
@@ -163,13 +163,14 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         why = "there is a GPU" if name == "cuda" else "there is no CUDA GPU"
+    if name == "cuda":
+        name += ":" + os.environ.get("LOCAL_RANK", "0")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception as error:  # each kind of device raises its own
         raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from None
-    if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         why += f", {torch.cuda.get_device_name(device)}"
     return device, why
@@ -198,7 +199,7 @@ class Text:
         self.about = f"{self.corpus}: {len(self.tokens):,} tokens to train on"
         self.context = settings.context
         self.seed = settings.seed
-        self.epoch = None  # the one that `offset` and `order` are of
+        self.epoch = None  # for which `offset` and `order` were drawn
         self.offsets = min(self.context, len(self.tokens) - self.context)
         if self.offsets < 1:
             raise ValueError(f"--context must be below the text's {len(self.tokens)} tokens")
@@ -236,11 +237,11 @@ class Text:
         not counted. Returns nats per token, the words to print, the columns for log.csv.
         """
         tokens = self.val[: limit + 1] if limit else self.val
-        size = count * self.context
+        at_once = count * self.context
         total = np.zeros(3)
-        for start in range(0, len(tokens) - 1, size * processes.world):
-            piece = tokens[start + size * processes.rank :][: size + 1]
-            padded = torch.full([size + 1], -100)
+        for start in range(0, len(tokens) - 1, at_once * processes.world):
+            piece = tokens[start + at_once * processes.rank :][: at_once + 1]
+            padded = torch.full([at_once + 1], -100)
             padded[: len(piece)] = torch.from_numpy(piece.astype(np.int64))
             inputs = padded[:-1].clamp_min(0).view(count, self.context).to(processes.device)
             targets = padded[1:]
@@ -249,8 +250,8 @@ class Text:
             nats = F.cross_entropy(logits, targets.to(processes.device), reduction="sum")
             counted = targets[targets >= 0]
             total += nats.item(), len(counted), self.bytes_of[counted].sum()
-        nats, number, size = processes.sum(*total)
-        bits = nats / math.log(2) / max(size, 1)
+        nats, number, n_bytes = processes.sum(*total)
+        bits = nats / math.log(2) / max(n_bytes, 1)
         loss = nats / number
         words = f"{loss:.4f} nats per token, {bits:.4f} bits per byte ({number:,.0f} tokens)"
         return loss, words, {"val_bpb": bits, "val_tokens": round(number)}
@@ -322,14 +323,14 @@ def check_same_run(now, saved):
     """Raises ValueError if the run to resume has another model, tokenizer or order of the data."""
     now = {**now["settings"], **now, **now["config"]}
     before = {**saved["settings"], **saved, **saved["config"]}
-    names = ("layer", "layer_arguments", "tokenizer", "context", "seed", *saved["config"])
-    for name in names:
+    names = ("preset", "context", "seed", "layer", "layer_arguments", "tokenizer")
+    for name in (*names, *saved["config"]):
         if name not in ("dropout", "scan", "recompute") and now[name] != before[name]:
             raise ValueError(f"--resume: {name} differs from the run's; use another --out")
 
 
 def start_log(path, log, columns):
-    """Make log.csv what the checkpoint has of it. Another one is set aside."""
+    """Restore log.csv to the checkpoint's copy. A file that does not begin with it is renamed."""
     if path.exists() and not (log and path.read_bytes().startswith(log.encode())):
         aside = path.with_name(f"log-{time.time_ns()}.csv")
         path.replace(aside)
@@ -364,6 +365,8 @@ class Processes:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
         self.joined = self.world > 1 or fsdp
+        if fsdp and "RANK" not in os.environ:
+            raise ValueError("--fsdp needs torchrun: torchrun --nproc_per_node N train.py --fsdp")
         if self.joined:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -418,7 +421,7 @@ def note_signals(stack):
     def note(number, frame):
         received.append(number)
         signal.signal(number, signal.default_int_handler)
-        print("stopping  after this step; a second Ctrl-C stops at once", flush=True)
+        print("stopping  after this step; the same signal again stops at once", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         stack.callback(signal.signal, number, signal.signal(number, note))
@@ -465,8 +468,8 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             raise ValueError(f"--batch_size must be divisible by {processes.world}, the processes")
         micro = min(settings.micro_batch or local, local)
 
-        # The precision. TF32 is exact for what autocast has rounded to bf16. In a float32 run it
-        # would spoil the squared lengths of the memory rows, which need full float32 products.
+        # The precision. Under bf16 autocast TF32 loses nothing: its inputs are bf16 already. With
+        # float32 it would make the squared lengths of the memory rows too inexact.
         dtype = settings.dtype
         if dtype == "auto":
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -504,13 +507,13 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
 
         # The log.
         picture = out / "loss.png"
-        draws = first and (checkpoints(out) or not picture.exists())  # else it is not ours
+        draws = first and (checkpoints(out) or not picture.exists())  # no picture of another's
+        replaced = checkpoints(out) if first and settings.overwrite else []  # at the first save
         columns = ("step", "tokens", "train_loss", "lr", "grad_norm", "skipped", "val_loss")
         columns = (*columns, *task.columns, "seconds")
         if first:
-            if settings.overwrite and checkpoints(out):
-                for path in (*checkpoints(out), out / "log.csv"):
-                    path.unlink(missing_ok=True)
+            if replaced:
+                (out / "log.csv").unlink(missing_ok=True)
             state.log = start_log(out / "log.csv", state.log, columns)
 
         def write_row(**row):
@@ -533,7 +536,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
         # The steps.
         received = note_signals(stack)
         begun = time.perf_counter() - state.seconds
-        done, limit = progress(settings, state)
+        done, limiting = progress(settings, state)
         last = None
         not_finite = 0  # steps in a row
         stop = failed = False
@@ -575,7 +578,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             state.windows += settings.batch_size
             state.seconds = time.perf_counter() - begun
             failed = not_finite == settings.max_skipped
-            done, limit = progress(settings, state)
+            done, limiting = progress(settings, state)
             done, stop = processes.sum(done if first else 0, len(received))  # the same in all
 
             # What is due after it: a log line, an evaluation, checkpoints.
@@ -583,7 +586,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                 loss = sum(state.losses) / len(state.losses)
                 state.losses.clear()
                 speed = state.windows * settings.context / state.seconds
-                left = timedelta(seconds=round(state.seconds * (1 - done) / done))
+                left = timedelta(seconds=round(state.seconds * (1 / min(done, 1) - 1)))
                 say(
                     f"step {state.step}/{settings.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
                     f"grad {norm:.2f} | {speed:,.0f} tokens/s | {left} left"
@@ -598,13 +601,16 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                 state.best = min(state.best, state.val_loss)
             if due or keep or stop or failed:
                 weights, moments = processes.gather(model, optimizer)
-                best = {**about, "model": weights, "step": state.step, "val_loss": state.val_loss}
-                last = {**best, "optimizer": moments, **asdict(state)}
+                sampled = {**about, "model": weights, "step": state.step}
+                sampled["val_loss"] = state.val_loss
+                last = {**sampled, "optimizer": moments, **asdict(state)}
+                while replaced:
+                    replaced.pop().unlink(missing_ok=True)
                 if first and keep:
                     save(last, out / f"step-{state.step}.pt")
                 if first and better:
-                    save(best, out / "best.pt")
-                # Saved last: a run that is killed before this writes the others again.
+                    save(sampled, out / "best.pt")
+                # last.pt comes last: a run that is killed before it writes the others again.
                 if first:
                     save(last, out / "last.pt")
 
@@ -614,14 +620,14 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
         again = f"{launcher} {command}"
         if failed:
             raise ValueError(
-                f"{not_finite} steps in a row were not finite; try {again} --lr {lr / 3:.1g}"
+                f"{not_finite} steps in a row were not finite; try {again} --lr {settings.lr / 3}"
             )
         if stop:
             say(f"stopped   after step {state.step}, saved; {again} goes on")
         else:
             validate("final", None)
-            reached = f"--{limit} {getattr(settings, limit)}"
-            say(f"done      {state.step} steps: {reached} is reached; {again} --{limit} N goes on")
+            reached = f"--{limiting} {getattr(settings, limiting)} is reached"
+            say(f"done      {state.step} steps: {reached}; {again} --{limiting} N goes on")
             if task.tokenizer:
                 say(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
         if draws:
