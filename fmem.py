@@ -96,7 +96,8 @@ def route(x, layer):
     """
     k = layer.config.k_rows
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(layer.W_alpha.weight.dtype)
+        if layer.W_alpha.weight.is_floating_point():  # not so if it is quantised
+            x = x.to(layer.W_alpha.weight.dtype)
         logits = wide(layer.W_alpha(x)) / layer.config.tau
         rows = None
         if k < logits.shape[-1]:
@@ -319,9 +320,10 @@ class FactorizationMemory(nn.Module):
     def init_weights(self, init, branch_scale):
         """init(weight, scale) draws a matrix with standard deviation scale / sqrt(inputs).
 
-        branch_scale is for matrices that end a branch. The input of W_alpha has unit RMS, so its
-        logits start with standard deviation alpha_std at any width and tau. With logits of 0,
-        all rows would collect the same average, and diverge only slowly. eta and mu start at 1/2.
+        branch_scale is for matrices that write to the residual stream. The input of W_alpha has
+        unit RMS, so its logits start with standard deviation alpha_std at any width and tau. With
+        logits of 0, all rows would collect the same average, and diverge only slowly. eta and mu
+        start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
@@ -361,6 +363,21 @@ class Block(nn.Module):
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(self.mlp_norm(x))), state
 
+    def init_weights(self, n_layer):
+        """Each matrix with standard deviation 1 / sqrt(inputs) or as its layer says; those that
+        write to the residual stream, of which a model has 2 n_layer, get a further
+        1 / sqrt(2 n_layer).
+        """
+
+        def init(weight, scale=1.0):
+            nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]))
+
+        branch_scale = 1 / math.sqrt(2 * n_layer)
+        self.memory.init_weights(init, branch_scale)
+        init(self.mlp.W_gate.weight)
+        init(self.mlp.W_up.weight)
+        init(self.mlp.W_down.weight, branch_scale)
+
 
 EMBED_STD = 0.06  # standard deviation of the embedding at the start, the best of a sweep
 PREFILL = 4096  # prompt tokens read at once, so that memory use does not grow with the prompt
@@ -381,26 +398,12 @@ class FMem(nn.Module):
         )
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.init_weights()
-        if config.tie_embeddings:
-            self.head.weight = self.embed.weight
-
-    def init_weights(self):
-        """Draws the embedding, and each matrix with standard deviation 1 / sqrt(inputs) or as its
-        layer says; those that end one of the 2 n_layer branches get a further 1 / sqrt(2 n_layer).
-        """
-
-        def init(weight, scale=1.0):
-            nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]))
-
-        branch_scale = 1 / math.sqrt(2 * self.config.n_layer)
         nn.init.normal_(self.embed.weight, std=EMBED_STD)
         nn.init.normal_(self.head.weight, std=EMBED_STD)
         for block in self.blocks:
-            block.memory.init_weights(init, branch_scale)
-            init(block.mlp.W_gate.weight)
-            init(block.mlp.W_up.weight)
-            init(block.mlp.W_down.weight, branch_scale)
+            block.init_weights(config.n_layer)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
 
     def hidden(self, tokens, state=None):
         """`forward` without the output layer: [B, T, d_model], or [B, d_model], and the state."""

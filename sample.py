@@ -13,7 +13,9 @@ import codecs
 import contextlib
 import io
 import os
+import signal
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -74,15 +76,28 @@ def show(string):
     print(printable(string) if sys.stdout.isatty() else string, end="", flush=True)
 
 
-def show_all(pieces):
+def show_all(pieces, interrupts=()):
     """Show the texts of `continue_texts`: the first as it comes, then the others."""
     others = []
     for first, *rest in pieces:
         show(first)
         others.append(rest)
+        if interrupts:
+            break
     for strings in zip(*others, strict=True):
         show("\n" + "-" * 20 + "\n" + "".join(strings))
     show("\n")
+
+
+@contextlib.contextmanager
+def interrupts_noted():
+    """A list that gets each Ctrl-C, so that no token is lost in the middle of a step."""
+    interrupts = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def converse(model, enc, text, line, max_new_tokens, **choice):
@@ -98,12 +113,12 @@ def converse(model, enc, text, line, max_new_tokens, **choice):
                 line = "\n" * inside_line + line + "\n"
             pieces = continue_texts(model, enc, [text], line, max_new_tokens, True, **choice)
             line = ""
-            with contextlib.closing(pieces):
+            with contextlib.closing(pieces), interrupts_noted() as interrupts:
                 next(pieces)  # the line is on the screen already
-                show_all(pieces)
+                show_all(pieces, interrupts)
         except EOFError:
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # at the prompt
             show("\n")
 
 
@@ -148,6 +163,9 @@ def save_text(path, model, text):
 def read_saved(path, device="cpu"):
     """The dict that `save_text` wrote. Raises ValueError, one line, for any other file."""
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not compare checksums
+            if file.testzip() is not None:
+                raise ValueError("it is damaged: a checksum differs")
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved["format"] != STATE_FORMAT:
             raise ValueError("--save_state of this version did not write it")
@@ -199,8 +217,10 @@ def run(args):
     gpu_or_cpu = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(gpu_or_cpu if args.device == "auto" else args.device)
     torch.set_num_threads(args.threads)
-    if args.save_state and args.save_state.exists():
-        read_saved(args.save_state)  # raises for any other file: it is not replaced
+    if args.save_state:
+        args.save_state.parent.mkdir(parents=True, exist_ok=True)
+        if args.save_state.exists():
+            read_saved(args.save_state)  # raises for any other file: it is not replaced
     prompt = read_prompt(args.prompt)
     best = Path("out/best.pt")
     path = args.checkpoint or (best if best.exists() else best.with_name("last.pt"))

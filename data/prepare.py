@@ -57,7 +57,8 @@ def load(folder):
         val = np.memmap(folder / "val.bin", dtype=meta["dtype"], mode="r")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         reason = f"{type(e).__name__}: {one_line(e)}"
-        raise ValueError(f"{folder} is not a prepared folder ({reason}); run: {command}") from None
+        message = f"{folder} is not a prepared folder ({reason}); --data DIR, or run: {command}"
+        raise ValueError(message) from None
     return train, val, meta.pop("tokenizer"), meta
 
 

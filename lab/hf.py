@@ -77,17 +77,27 @@ def export(checkpoint, out):
         padding_side="left",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT),
     )
-    classes = {"AutoConfig": "FMemHFConfig", "AutoModelForCausalLM": "FMemForCausalLM"}
+    classes = {
+        "AutoConfig": "FMemHFConfig",
+        "AutoModel": "FMemModel",
+        "AutoModelForCausalLM": "FMemForCausalLM",
+        "AutoModelForSequenceClassification": "FMemForSequenceClassification",
+    }
+    sizes = dict(saved["config"])
     config = {
         "model_type": "fmem",
         "architectures": ["FMemForCausalLM"],
         "auto_map": {auto: f"modeling_fmem.{name}" for auto, name in classes.items()},
-        "model": saved["config"],
+        "tie_word_embeddings": sizes.pop("tie_embeddings"),
+        **sizes,
         "layer": model.layer_name,
         "layer_arguments": model.layer_arguments,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), enc.eot_token),
     }
-    weights = {f"model.{name}": weight for name, weight in model.named_parameters()}
+    weights = {}
+    for name, weight in model.named_parameters():
+        name = f"model.{name}".replace("model.embed.", "model.embed_tokens.")
+        weights[name.replace("model.head.", "lm_head.")] = weight
     out.mkdir(parents=True)  # fails if it exists
     for name in CODE:
         text = (ROOT / name).read_text(encoding="utf-8")

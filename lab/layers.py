@@ -109,7 +109,8 @@ class ExtendedMemory(FactorizationMemory):
         if self.conv is not None:
             u = self.conv(u)  # [B, T, d_model], or T + 1 tokens with a shift
         with torch.autocast(x.device.type, enabled=False):
-            u = u.to(self.W_alpha.weight.dtype)
+            if self.W_alpha.weight.is_floating_point():  # not so if it is quantised
+                u = u.to(self.W_alpha.weight.dtype)
             logits = wide(self.W_alpha(u))
             if self.shift is None:
                 alpha_read = self.affinity(logits)  # eq. 4
@@ -126,7 +127,8 @@ class ExtendedMemory(FactorizationMemory):
                 rates = torch.sigmoid(wide(self.W_shared(u)))
                 theta = torch.cat([theta, rates[..., :1]], -1)
                 phi = torch.cat([phi, rates[..., 1:]], -1)
-        return theta, phi, self.W_i(u)  # eq. 9
+        # eq. 9. An input of zeros is padding, which writes nothing, with a convolution's bias too.
+        return theta, phi, self.W_i(u) * x.any(-1, keepdim=True)
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> y [B, T, d_model], state after x. The state given is not changed."""

@@ -1,26 +1,28 @@
 """The model for transformers: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
 
-lab/hf.py copies this file into the folder DIR, beside the files that it imports. Here is only what
-joins the two sides: tokens and attention masks in, logits and loss out, the state of the memory
-where other models have a cache of keys and values.
+lab/hf.py copies this file into DIR, beside those that it imports. The blocks are those of fmem.py;
+here is what joins the two sides: config, state (the library's cache), padding, outputs.
 """
 
 import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification as Classifier
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .fmem import FactorizationMemory, FMem, FMemConfig
+from .fmem import EMBED_STD, Block, FactorizationMemory, FMemConfig
 from .layers import ExtendedMemory
 
 if TYPE_CHECKING:  # transformers brings along the files named here; fmem.py imports this one
     from .kernel import recurrence  # noqa: F401
 
 LAYERS = {"FactorizationMemory": FactorizationMemory, "ExtendedMemory": ExtendedMemory}
+FIELDS = [field for field in dataclasses.fields(FMemConfig) if field.name != "tie_embeddings"]
 
 # The output that generate hands back to the next call: versions before 5.24 name it
 # past_key_values. Under another name each new token would be read into an empty memory.
@@ -29,162 +31,195 @@ STATE = "cache" if "cache" in OUTPUTS else "past_key_values"
 
 
 class FMemHFConfig(PreTrainedConfig):
-    """model: the fields of FMemConfig; layer: the class in each block, with its arguments."""
+    """The fields of FMemConfig; layer: the class in each block, with its arguments."""
 
     model_type = "fmem"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}  # noqa: RUF012
 
-    def __init__(self, model=None, layer="FactorizationMemory", layer_arguments=None, **kwargs):
-        self.model = dataclasses.asdict(FMemConfig(**(model or {})))
+    def __init__(self, layer="FactorizationMemory", layer_arguments=None, use_cache=True, **kwargs):
+        for field in FIELDS:
+            setattr(self, field.name, kwargs.pop(field.name, field.default))
         self.layer = layer
         self.layer_arguments = layer_arguments or {}
-        # The names under which other tools look for them.
-        self.vocab_size = self.model["vocab_size"]
-        self.hidden_size = self.model["d_model"]
-        self.num_hidden_layers = self.model["n_layer"]
-        kwargs["tie_word_embeddings"] = self.model["tie_embeddings"]
+        self.use_cache = use_cache
+        kwargs.setdefault("tie_word_embeddings", True)
         super().__init__(**kwargs)
+
+    def fmem_config(self):
+        """Raises ValueError for a field that cannot work."""
+        return FMemConfig(**{field.name: getattr(self, field.name) for field in FIELDS})
 
 
 class State:
-    """The memory of a batch of sequences. A call that gets it changes it; copy.deepcopy first."""
+    """The memory of a batch of sequences after `length` tokens, padding included."""
 
-    is_compileable = False
+    is_compileable = False  # what generate asks a cache
     is_croppable = False
+    is_linear = (False,)
 
-    def __init__(self, layers, batch, length, padded_right=False):
-        self.layers = layers  # the states of the layers, as FMem.forward returns them
-        self.batch = batch  # sequences
-        self.length = length  # tokens read so far, padding included
-        self.padded_right = padded_right  # padding was read after the tokens of a sequence
+    def __init__(self, layers, length):
+        self.layers = layers  # the states of the layers, as Block returns them
+        self.length = length
 
     def get_seq_length(self, layer_idx=0):
         return self.length
 
+    def reorder_cache(self, beam_idx):
+        """For beam search: sequence i is continued from what sequence beam_idx[i] was."""
+        self.layers = pytree.tree_map_only(Tensor, lambda part: part[beam_idx], self.layers)
 
-def combine(states, function):
-    """One state out of several of the same structure: `function` of each list of tensors."""
-    first = states[0]
-    if isinstance(first, (list, tuple)):
-        return type(first)(combine(parts, function) for parts in zip(*states, strict=True))
-    return function(states) if isinstance(first, Tensor) else first
+    def batch_repeat_interleave(self, repeats):
+        """Each sequence `repeats` times, for as many continuations."""
+        self.layers = pytree.tree_map_only(
+            Tensor, lambda part: part.repeat_interleave(repeats, 0), self.layers
+        )
 
 
-class FMemForCausalLM(PreTrainedModel, GenerationMixin):
+pytree.register_pytree_node(
+    State, lambda state: ([state.layers], state.length), lambda parts, n: State(*parts, n)
+)
+
+
+class FMemBlock(GradientCheckpointingLayer, Block):
+    """fmem.Block, which the library can checkpoint."""
+
+
+class FMemPreTrainedModel(PreTrainedModel):
     config_class = FMemHFConfig
-    base_model_prefix = ""
-    _input_embed_layer = "embed"
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FMemBlock"]  # noqa: RUF012 (transformers reads the name)
     _is_stateful = True  # what was read cannot be taken back
-    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers reads the name)
-    _tied_weights_keys = {"model.head.weight": "model.embed.weight"}  # noqa: RUF012
 
-    def __init__(self, config):
-        super().__init__(config)
-        layer = LAYERS[config.layer]
-        self.model = FMem(FMemConfig(**config.model), layer, config.layer_arguments)
-        self.post_init()
-
+    @torch.no_grad()
     def _init_weights(self, module):
-        """FMem has drawn its weights already."""
+        """For weights that a checkpoint lacks; transformers leaves those that it has."""
+        heads = [getattr(self, name, None) for name in ("lm_head", "score")]
+        if isinstance(module, FMemBlock):
+            module.init_weights(self.config.n_layer)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Embedding) or module in heads:
+            nn.init.normal_(module.weight, std=EMBED_STD)
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
         return False
 
-    def get_output_embeddings(self):
-        return self.model.head
 
-    def set_output_embeddings(self, value):
-        self.model.head = value
+class FMemModel(FMemPreTrainedModel):
+    """The model without its output layer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        sizes = config.fmem_config()
+        layer = LAYERS[config.layer]
+        self.embed_tokens = nn.Embedding(sizes.vocab_size, sizes.d_model)
+        self.dropout = nn.Dropout(sizes.dropout)
+        self.blocks = nn.ModuleList(
+            FMemBlock(sizes, layer, config.layer_arguments) for _ in range(sizes.n_layer)
+        )
+        self.norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
+        self.post_init()
 
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         cache=None,
         past_key_values=None,
-        labels=None,
+        inputs_embeds=None,
         use_cache=None,
-        logits_to_keep=0,
-        num_items_in_batch=None,
+        output_hidden_states=None,
         return_dict=None,
+        position_ids=None,
         **unknown,
     ):
-        """input_ids [B, T] -> logits [B, T, vocab_size], the state, and with labels the loss.
+        """input_ids [B, T], or inputs_embeds [B, T, d_model] -> hidden states, and the state.
 
-        attention_mask [B, all tokens so far]: 0 for padding. On the left, in the first call, it is
-        not read into the memory; on the right it comes too late to change the logits of the text.
-        cache, or past_key_values: the State that an earlier call returned. labels [B, T]: -100
-        where there is no loss. Raises ValueError for what it cannot do.
+        attention_mask [B, at least T]: 0 for padding; of a longer one the last T columns count.
+        Padding on the left leaves the memory empty, exactly. After a token, it makes rows decay: it
+        comes too late for the outputs that count, but such a state should not be continued.
+        cache, or past_key_values: the State that an earlier call returned; it is not changed.
+        position_ids are not needed. Raises ValueError for what the model does not know.
         """
-        asked = [
+        refused = [
             name for name, value in unknown.items() if value is not None and value is not False
         ]
-        if asked:
-            raise ValueError(f"FMemForCausalLM does not accept {', '.join(asked)}")
+        if refused:
+            raise ValueError(f"{type(self).__name__} does not accept {', '.join(refused)}")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T = x.shape[:2]
         state = past_key_values if cache is None else cache
-        if state is not None and not isinstance(state, State):
+        if state is None:
+            state = State([None] * len(self.blocks), 0)
+        elif not isinstance(state, State):
             raise ValueError(f"the state must be one that this model returned, not {type(state)}")
-        if state is not None and state.batch != len(input_ids):
-            raise ValueError(f"the state has {state.batch} sequences, input_ids {len(input_ids)}")
-        hidden, state = self.read(input_ids, attention_mask, state)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.head(hidden[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+        elif (known := len(pytree.tree_leaves(state.layers)[0])) != B:
+            raise ValueError(
+                f"the state has {known} sequences, the input {B}; state.batch_repeat_interleave(n)"
             )
-        output = CausalLMOutputWithPast(loss=loss, logits=logits)
-        if use_cache is not False:
-            output[STATE] = state
+        if attention_mask is not None:  # zeros stay zeros in every block, and write zeros
+            x = x * attention_mask[:, -T:, None].to(x.dtype)
+        x = self.dropout(x)
+        hidden_states = []
+        layers = []
+        for block, before in zip(self.blocks, state.layers, strict=True):
+            hidden_states.append(x)
+            x, after = block(x, before)
+            layers.append(after)
+        x = self.norm(x)
+        output = BaseModelOutputWithPast(last_hidden_state=x)
+        config = self.config
+        if config.use_cache if use_cache is None else use_cache:
+            output[STATE] = State(layers, state.length + T)
+        if config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            output["hidden_states"] = (*hidden_states, x)
         return output.to_tuple() if return_dict is False else output
 
-    def read(self, input_ids, mask, state):
-        """input_ids [B, T] -> the last hidden states [B, T, d_model], and the state after them."""
-        T = input_ids.shape[1]
-        before = 0 if state is None else state.length
-        if mask is not None:
-            if mask.shape != (len(input_ids), before + T):
-                expected = f"{[len(input_ids), before + T]}, a number for every token so far"
-                raise ValueError(f"attention_mask must be {expected}, not {[*mask.shape]}")
-            mask = mask[:, before:].bool()
-        if state is None:
-            if mask is not None and not mask.all():
-                return self.read_padded(input_ids, mask)
-            hidden, layers = self.model.hidden(input_ids)
-            return hidden, State(layers, len(input_ids), T)
-        if state.padded_right:
-            raise ValueError("padding was read after the tokens; texts to continue are padded left")
-        if mask is not None and not mask.all():
-            raise ValueError("padding after the first call would be read into the memory")
-        steps = T == 1 and not torch.is_grad_enabled()  # faster
-        tokens = input_ids[:, 0] if steps else input_ids
-        hidden, state.layers = self.model.hidden(tokens, state.layers)
-        state.length += T
-        return hidden.view(len(input_ids), T, -1), state
 
-    def read_padded(self, input_ids, mask):
-        """`read` at the start. Sequences with equal padding on the left are read together,
-        without it; their hidden states there are zero.
+class FMemForCausalLM(FMemPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = FMemModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        logits_to_keep=0,
+        num_items_in_batch=None,
+        shift_labels=None,
+        return_dict=None,
+        **options,
+    ):
+        """As FMemModel, with logits [B, T, vocab_size], and with labels [B, T] the loss.
+
+        logits_to_keep: of the last so many tokens, or of those at these indices. labels: -100 where
+        there is no loss.
         """
-        if not mask.any(1).all():
-            raise ValueError("attention_mask has a sequence without a token")
-        first = mask.int().argmax(1)  # of each sequence, its first token that is not padding
-        rows = []
-        outputs = []
-        states = []
-        for n in first.unique().tolist():
-            rows.append((first == n).nonzero()[:, 0])
-            hidden, layers = self.model.hidden(input_ids[rows[-1], n:])
-            outputs.append(F.pad(hidden, (0, 0, n, 0)))
-            states.append(layers)
-        order = torch.cat(rows).argsort()
-        layers = combine(states, lambda parts: torch.cat(parts)[order])
-        padded_right = bool((mask.sum(1) < mask.shape[1] - first).any())
-        state = State(layers, len(mask), mask.shape[1], padded_right)
-        return torch.cat(outputs)[order], state
+        base = self.model(input_ids, attention_mask, **options)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(base.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            counted = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **counted)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=base.hidden_states)
+        if STATE in base:
+            output[STATE] = base[STATE]
+        return output.to_tuple() if return_dict is False else output
 
-    def _reorder_cache(self, state, beam_idx):
-        """For beam search: sequence i is continued from what sequence beam_idx[i] was."""
-        layers = combine([state.layers], lambda parts: parts[0].index_select(0, beam_idx))
-        return State(layers, len(beam_idx), state.length, state.padded_right)
+
+class FMemForSequenceClassification(Classifier, FMemPreTrainedModel):
+    """A linear layer over the last token that is not padding."""
+
+
+AutoModel.register(FMemHFConfig, FMemModel, exist_ok=True)

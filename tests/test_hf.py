@@ -48,11 +48,13 @@ def test_logits_and_states_are_ours(exported):
     expected, _ = fmem.load(checkpoint)[0](tokens)
     torch.testing.assert_close(theirs(tokens).logits, expected)
     for name in ("cache", "past_key_values"):
-        parts = [theirs(tokens[:, :20])]
-        state = {name: parts[0].to_tuple()[-1]}
-        parts.append(theirs(tokens[:, 20:40], **state))
-        parts += [theirs(tokens[:, t : t + 1], **state) for t in range(40, 50)]
-        logits = torch.cat([part.logits for part in parts], 1)
+        state = None
+        logits = []
+        for piece in tokens.split([20, 20, *[1] * 10], 1):
+            output = theirs(piece, **{name: state})
+            logits.append(output.logits)
+            state = output.to_tuple()[-1]
+        logits = torch.cat(logits, 1)
         # The chunks of a text that is split begin elsewhere: float32 rounds differently.
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
@@ -62,48 +64,50 @@ def test_generate_is_ours(exported, monkeypatch):
     checkpoint, theirs, words = exported
     prompt = words("the river of", return_tensors="pt")
     ours = fmem.load(checkpoint)[0].generate(prompt.input_ids, 40, temperature=0)
-    hidden = Mock(side_effect=theirs.model.hidden)
-    monkeypatch.setattr(theirs.model, "hidden", hidden)
+    embed = Mock(side_effect=theirs.model.embed_tokens.forward)
+    monkeypatch.setattr(theirs.model.embed_tokens, "forward", embed)
     tokens = theirs.generate(**prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)
     assert tokens[0, prompt.input_ids.shape[1] :].tolist() == [token.item() for token, _ in ours]
-    shapes = [call.args[0].shape for call in hidden.call_args_list]
-    assert shapes == [prompt.input_ids.shape] + [(1,)] * 39
+    shapes = [call.args[0].shape for call in embed.call_args_list]
+    assert shapes == [prompt.input_ids.shape] + [(1, 1)] * 39
 
 
 @torch.no_grad()
 def test_nothing_is_swallowed(exported, transformers):
-    """What would lose the state, or read padding into it, is refused in a line."""
+    """What would lose the state is refused in a line; and a state that is given stays as it was."""
     _, theirs, _ = exported
     tokens = torch.randint(300, (2, 9))
     state = theirs(tokens).to_tuple()[-1]
-    mask = torch.ones(2, 10, dtype=torch.long)
-    padded = mask.clone()
-    padded[1, 5:] = 0
-    padded_right = theirs(tokens, attention_mask=padded[:, :9]).to_tuple()[-1]
-    token = {"input_ids": tokens[:, :1]}
+    again = theirs(tokens[:, :1], cache=state).logits
     for arguments, message in (
-        ({**token, "memory": state}, "does not accept memory"),
-        ({**token, "cache": transformers.DynamicCache()}, "one that this model"),
-        ({"input_ids": tokens[:1], "cache": state}, "2 sequences, input_ids 1"),
-        ({**token, "attention_mask": mask}, "for every token so far"),
-        ({**token, "cache": state, "attention_mask": padded}, "after the first call"),
-        ({**token, "cache": padded_right}, "padded left"),
+        ({"memory": state}, "does not accept memory"),
+        ({"cache": transformers.DynamicCache()}, "one that this model"),
+        ({"input_ids": tokens[:1], "cache": state}, "2 sequences, the input 1"),
+        ({"inputs_embeds": torch.zeros(2, 1, 16)}, "either input_ids or inputs_embeds"),
     ):
         with pytest.raises(ValueError, match=message):
-            theirs(**arguments)
-    assert state.get_seq_length() == 9  # none of them has touched it
+            theirs(**{"input_ids": tokens, **arguments})
+    assert torch.equal(theirs(tokens[:, :1], cache=state).logits, again)
 
 
+@torch.no_grad()
 def test_padding_on_the_left_is_not_read(exported):
-    """Texts of several lengths side by side: each as alone. And beams, with and without state."""
+    """Sequences of several lengths side by side, each as alone: at once, in pieces that are shorter
+    than the padding, and generated. And beams, with and without the state."""
     _, theirs, words = exported
     texts = ["the", "über naïve 東京 and the river", "a king"]
     batch = words(texts, return_tensors="pt", padding=True)
+    together = theirs(**batch).logits
+    first = theirs(batch.input_ids[:, :3], attention_mask=batch.attention_mask[:, :3])
+    rest = theirs(batch.input_ids[:, 3:], batch.attention_mask, cache=first.to_tuple()[-1])
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    together = theirs.generate(**batch, **greedy)
+    generated = theirs.generate(**batch, **greedy)
     for i, text in enumerate(texts):
-        alone = theirs.generate(**words(text, return_tensors="pt"), **greedy)
-        assert together[i, -12:].tolist() == alone[0, -12:].tolist()
+        alone = words(text, return_tensors="pt")
+        want = theirs(**alone).logits[0]
+        torch.testing.assert_close(together[i, -len(want) :], want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(rest.logits[i, -1], want[-1], atol=1e-5, rtol=0)
+        assert generated[i, -12:].tolist() == theirs.generate(**alone, **greedy)[0, -12:].tolist()
     beams = [theirs.generate(**batch, **greedy, num_beams=3, use_cache=c) for c in (True, False)]
     assert torch.equal(*beams)
 

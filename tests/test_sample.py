@@ -4,6 +4,7 @@ import codecs
 import functools
 import io
 import shutil
+import signal
 import sys
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -48,10 +49,10 @@ def script(monkeypatch, tokens):
     """Have these tokens chosen, whatever the model says. A single byte has its value as number."""
 
     def choose(logits, *arguments, **options):
-        token = tokens.pop(0)
-        if token is KeyboardInterrupt:
-            raise token
-        return torch.tensor([token])
+        if tokens[0] is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+            del tokens[0]
+        return torch.tensor([tokens.pop(0)])
 
     monkeypatch.setattr(fmem, "sample", choose)
 
@@ -163,8 +164,8 @@ def test_a_saved_state_continues_as_if_never_stopped(layer, write):
     model = random_model(**LAYERS[layer])
     start = ["--prompt", "über", "--seed", 3]
     whole = write(*start, "--max_new_tokens", 40, model=model)
-    save = ["--save_state", "s"]
-    load = ["--load_state", "s"]
+    save = ["--save_state", "new/folder/s"]
+    load = ["--load_state", "new/folder/s"]
     pieces = write(*start, *save, "--max_new_tokens", 0, model=model)
     for count in (1, 9):
         pieces += write(*load, *save, "--max_new_tokens", count, model=model)
@@ -190,7 +191,10 @@ def test_files_that_are_no_state_of_this_model(write, refused, run):
     write("--save_state", "s", "--max_new_tokens", 5)
     Path("cut").write_bytes(Path("s").read_bytes()[:900])
     Path("empty").write_bytes(b"")
-    for name in ("cut", "empty", "none", run / "last.pt"):
+    flipped = bytearray(Path("s").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    Path("flipped").write_bytes(flipped)
+    for name in ("cut", "empty", "flipped", "none", run / "last.pt"):
         assert str(name) in refused("--load_state", name)
     assert "another model" in refused("--load_state", "s", model=random_model(seed=1))
 
@@ -220,18 +224,18 @@ def test_a_full_disk_leaves_the_old_state(write, tmp_path, monkeypatch, capsys):
 def test_a_conversation_is_one_text(write, monkeypatch):
     """Answers end inside a line, at its end, inside a character, at EOT, and by Ctrl-C."""
     lines = ["/quit", "", "über", "sea", "東京", ""]
-    said = [*b"abc", *b"de\n", *b"fg\xc3", *b"h", ENC.eot_token, *b"i"]
-    script(monkeypatch, [*said, KeyboardInterrupt, KeyboardInterrupt, *b"jkl"])
+    said = [*b"abc", *b"de\n", *b"fg\xc3", *b"h", ENC.eot_token]
+    script(monkeypatch, [*said, KeyboardInterrupt, *b"i", KeyboardInterrupt, *b"jklm"])
     stdin = io.TextIOWrapper(io.BytesIO("\n".join([*lines, ""]).encode()), encoding="ascii")
     monkeypatch.setattr(sys, "stdin", stdin)
     write("--prompt", "the river", "--max_new_tokens", 0, "--save_state", "s")
     options = ["--load_state", "s", "--save_state", "s", "--max_new_tokens", 3]
     out = write("--interactive", "--prompt", "/* no command", *options)
-    assert out == "abc\nde\n\nfg\nh\ni\n\njkl"
+    assert out == "abc\nde\n\nfg\nh\ni\nj\nklm"
 
     tokens = [ENC.eot_token, *ENC.encode("the river"), *ENC.encode("\n/* no command\n"), *b"abc"]
     tokens += [*ENC.encode("\n/quit\n"), *b"de\n", *b"fg\xc3", *ENC.encode("\nüber\n"), *b"h"]
-    tokens += [ENC.eot_token, *ENC.encode("sea\n"), *b"i", *ENC.encode("\n東京\n"), *b"jkl"]
+    tokens += [ENC.eot_token, *ENC.encode("sea\n"), *b"i", *ENC.encode("\n東京\n"), *b"jklm"]
     saved = sample.read_saved("s")
     assert saved["unread"] == tokens[-1:]
     _, state = random_model()(torch.tensor([tokens[:-1]]))
