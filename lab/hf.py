@@ -7,7 +7,8 @@
 
 The folder holds weights, tokenizer, the model's code, and SHA256SUMS for `sha256sum --check`. A
 text becomes the same tokens as here, after an <|endoftext|> that marks its beginning, as in
-training. For the paper's layer and ExtendedMemory. Tested with transformers 5.23.0 and 5.24.0.
+training; but, as in other tokenizers of the library, "<|endoftext|>" in a text is that token, and
+not its characters. For the paper's layer and ExtendedMemory.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import fmem
 from data.tokenizer import EOT, encode, load_tokenizer, printable
 from train import one_line_errors
 
+TESTED = ["5.23.0", "5.24.0"]  # versions of transformers
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("lab/modeling_fmem.py", "lab/layers.py", "fmem.py", "kernel.py", "LICENSE")
 
@@ -73,7 +75,6 @@ def export(checkpoint, out):
     enc = load_tokenizer(saved["tokenizer"])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast_tokenizer(enc),
-        split_special_tokens=True,  # <|endoftext|> inside a text is text
         padding_side="left",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT),
     )
@@ -90,6 +91,7 @@ def export(checkpoint, out):
         "auto_map": {auto: f"modeling_fmem.{name}" for auto, name in classes.items()},
         "tie_word_embeddings": sizes.pop("tie_embeddings"),
         **sizes,
+        "tested_with": TESTED,
         "layer": model.layer_name,
         "layer_arguments": model.layer_arguments,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), enc.eot_token),

@@ -5,12 +5,13 @@ here is what joins the two sides: config, state (the library's cache), padding, 
 """
 
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel, __version__
 from transformers.modeling_layers import GenericForSequenceClassification as Classifier
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -37,6 +38,8 @@ class FMemHFConfig(PreTrainedConfig):
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}  # noqa: RUF012
 
     def __init__(self, layer="FactorizationMemory", layer_arguments=None, use_cache=True, **kwargs):
+        if __version__ not in kwargs.setdefault("tested_with", [__version__]):
+            warnings.warn(f"tested with transformers {kwargs['tested_with']}", stacklevel=2)
         for field in FIELDS:
             setattr(self, field.name, kwargs.pop(field.name, field.default))
         self.layer = layer
@@ -93,11 +96,15 @@ class FMemPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """For weights that a checkpoint lacks; transformers leaves those that it has."""
+        """For weights that a checkpoint lacks; transformers guards those that it has. It calls this
+        for modules with weights of their own, so a block is drawn when one of its parts is.
+        """
+        blocks = [block for block in self.modules() if isinstance(block, FMemBlock)]
+        for block in blocks:
+            if module in block.modules():
+                block.init_weights(self.config.n_layer)
         heads = [getattr(self, name, None) for name in ("lm_head", "score")]
-        if isinstance(module, FMemBlock):
-            module.init_weights(self.config.n_layer)
-        elif isinstance(module, nn.RMSNorm):
+        if isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Embedding) or module in heads:
             nn.init.normal_(module.weight, std=EMBED_STD)

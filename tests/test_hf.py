@@ -128,14 +128,96 @@ def test_loss_gradient_and_saving(exported, transformers, tmp_path):
     assert torch.equal(again.eval()(tokens).logits, output.logits)
 
 
+@torch.no_grad()
+def test_what_the_library_offers(exported, transformers, tmp_path):
+    """Embeddings as input, hidden states, the logits that are kept, overrides, another vocabulary,
+    several continuations of one state."""
+    _, theirs, _ = exported
+    tokens = torch.randint(300, (2, 9))
+    output = theirs(tokens, output_hidden_states=True)
+    embedded = theirs(inputs_embeds=theirs.get_input_embeddings()(tokens), logits_to_keep=2)
+    assert torch.equal(embedded.logits, output.logits[:, -2:])
+    assert len(output.hidden_states) == theirs.config.num_hidden_layers + 1
+    assert torch.equal(theirs.lm_head(output.hidden_states[-1]), output.logits)
+    state = theirs(tokens[:1, :5]).to_tuple()[-1]
+    state.batch_repeat_interleave(2)
+    both = theirs(tokens[:1, 5:].expand(2, -1), cache=state).logits
+    torch.testing.assert_close(both, output.logits[:1, 5:].expand(2, -1, -1), atol=1e-5, rtol=0)
+
+    theirs.resize_token_embeddings(310)
+    theirs.save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    again = load(tmp_path, trust_remote_code=True, use_cache=False, dropout=0.25)
+    assert again(tokens).logits.shape == (2, 9, 310)
+    assert again(tokens).to_tuple()[1:] == () and again.model.dropout.p == 0.25
+    theirs.resize_token_embeddings(301)
+
+
+def test_weights_that_are_missing_are_drawn(exported, transformers, tmp_path):
+    """As those of a new model, and only they; the output layer too, if it is not tied."""
+    _, theirs, _ = exported
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = safetensors.load_file(file)
+    lost = [name for name in weights if name.startswith("model.blocks.0.memory.")]
+    for name in lost:
+        del weights[name]
+    safetensors.save_file(weights, file, metadata={"format": "pt"})
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    again = load(tmp_path, trust_remote_code=True, tie_word_embeddings=False)
+    new = fmem.FMem(
+        again.config.fmem_config(), type(again.model.blocks[0].memory), again.config.layer_arguments
+    )
+    for name, weight in again.named_parameters():
+        if name in weights:
+            assert torch.equal(weight, theirs.get_parameter(name))
+        elif name in lost:
+            want = new.get_parameter(name.removeprefix("model."))
+            assert weight.isfinite().all()
+            assert weight.std().item() == pytest.approx(want.std().item(), rel=0.5, nan_ok=True)
+    assert again.lm_head.weight.std().item() == pytest.approx(fmem.EMBED_STD, rel=0.05)
+
+
+def test_hooks_and_replaced_modules_are_seen_at_every_token(exported):
+    """A quantised layer too, whose weight is not of a floating-point type."""
+    checkpoint, _, _ = exported
+    model, _ = fmem.load(checkpoint)
+
+    class Quantised(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.scale = linear.weight.abs().max() / 127
+            self.weight = torch.nn.Parameter((linear.weight / self.scale).round().char(), False)
+            self.calls = []
+
+        def forward(self, x):
+            self.calls.append(x.dtype)
+            return x @ (self.weight.float() * self.scale).T
+
+    tokens = torch.randint(300, (1, 20))
+    with torch.no_grad():
+        want, _ = model(tokens)
+        memory = model.blocks[0].memory
+        memory.W_alpha = Quantised(memory.W_alpha)
+        assert (model(tokens)[0] - want).norm() < 0.02 * want.norm()
+    assert len(list(model.generate(tokens, 40))) == 40
+    assert memory.W_alpha.calls == [torch.float32] * 41
+
+
 def test_any_text_becomes_the_same_tokens(exported):
+    """But for special tokens in it, which are read as such, as everywhere in the library."""
     checkpoint, _, words = exported
     enc = tokenizer.load_tokenizer(fmem.load(checkpoint)[1]["tokenizer"])
-    for text in [tokenizer.EOT, *hf.probes(1000, seed=1)]:
+    for text in hf.probes(1000, seed=1):
         tokens = tokenizer.encode(enc, text).tolist()
         assert words(text, add_special_tokens=False).input_ids == tokens, repr(text)
         assert words.decode(tokens) == enc.decode(tokens)
-    assert words("a").input_ids[0] == enc.eot_token == words.eos_token_id == words.pad_token_id
+    end = enc.eot_token
+    assert words(f"a{tokenizer.EOT}b").input_ids == [end, *enc.encode("a"), end, *enc.encode("b")]
+    words.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    assert len(words("<|user|>", add_special_tokens=False).input_ids) == 1
+    assert end == words.eos_token_id == words.pad_token_id
 
 
 def test_wheel_is_the_model(tmp_path):
