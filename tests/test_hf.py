@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -218,6 +220,85 @@ def test_any_text_becomes_the_same_tokens(exported):
     words.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
     assert len(words("<|user|>", add_special_tokens=False).input_ids) == 1
     assert end == words.eos_token_id == words.pad_token_id
+
+
+LIBRARY_TEST = """
+import unittest
+
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.models.auto import modeling_auto
+
+from ...test_modeling_common import ModelTesterMixin, ids_tensor
+from ...test_training_mixin import TrainingTesterMixin
+from .modeling_fmem import *
+
+for kind, name in (
+    ("", "FMemModel"),
+    ("FOR_CAUSAL_LM_", "FMemForCausalLM"),
+    ("FOR_SEQUENCE_CLASSIFICATION_", "FMemForSequenceClassification"),
+):
+    getattr(modeling_auto, f"MODEL_{kind}MAPPING_NAMES")["fmem"] = name
+AutoConfig.register("fmem", FMemHFConfig)
+AutoModelForSequenceClassification.register(FMemHFConfig, FMemForSequenceClassification)
+
+
+class FMemTester:
+    causal_lm_class = FMemForCausalLM
+    batch_size, seq_length, hidden_size, num_hidden_layers = 3, 7, 32, 2
+    is_training = True
+    layer = {}
+
+    def get_config(self):
+        sizes = dict(vocab_size=99, d_model=32, n_layer=2, n_rows=8, k_rows=3)
+        tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        return FMemHFConfig(**sizes, **tokens, **self.layer)
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), {"input_ids": ids_tensor([3, 7], 99)}
+
+
+class PaperTest(ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
+    all_model_classes = (FMemModel, FMemForCausalLM, FMemForSequenceClassification)
+    has_attentions = False
+    model_tester = FMemTester()
+
+
+class ExtendedTest(PaperTest):
+    model_tester = FMemTester()
+    model_tester.layer = dict(layer="ExtendedMemory", layer_arguments=EXTENSIONS)
+"""
+
+
+@pytest.mark.slow
+def test_the_suite_of_the_library(transformers, tmp_path):
+    """But for the part about generate, which is not in the source distribution."""
+    unpacked = os.environ.get("TRANSFORMERS_TESTS")
+    if not unpacked:
+        pytest.skip("TRANSFORMERS_TESTS=FOLDER names transformers' unpacked source distribution")
+    shutil.copytree(Path(unpacked, "tests"), tmp_path / "tests")
+    for name, mixin in (
+        ("generation/test_utils", "Generation"),
+        ("exporters/test_export", "Export"),
+    ):
+        file = tmp_path / f"tests/{name}.py"
+        file.parent.mkdir()
+        file.write_text(f"class {mixin}TesterMixin:\n    pass\n")
+    folder = tmp_path / "tests/models/fmem"
+    folder.mkdir(parents=True)
+    for name in ("lab/modeling_fmem.py", "lab/layers.py", "fmem.py", "kernel.py"):
+        text = (hf.ROOT / name).read_text().replace("\nfrom fmem import", "\nfrom .fmem import")
+        (folder / Path(name).name).write_text(text)
+    test = LIBRARY_TEST.replace("EXTENSIONS", str(EXTENDED[1]))
+    (folder / "test_modeling_fmem.py").write_text(test)
+    for package in (tmp_path / "tests").rglob("*.py"):
+        (package.parent / "__init__.py").touch()
+    (folder.parent / "__init__.py").touch()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if "FAILED" in line or " passed" in line]
+    print("\n".join(lines) or done.stdout + done.stderr)
+    failed = [line for line in lines[:-1] if "test_generation_tester_mixin_inheritance" not in line]
+    assert failed == [] and " passed" in lines[-1]
 
 
 def test_wheel_is_the_model(tmp_path):

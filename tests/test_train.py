@@ -452,9 +452,12 @@ def test_an_epoch_reads_the_text_once(n, corpus, monkeypatch):
     task = train.Text(train.Settings(context=context, seed=1, data="numbers"))
     windows = task.windows(0, 2 * task.windows_per_epoch)
     assert (windows == windows[:, :1] + torch.arange(context + 1)).all()  # each a piece of it
+    orders = []
     for epoch in windows.split(task.windows_per_epoch):
         targets = task.targets(epoch).flatten().tolist()
         assert len(set(targets)) == len(targets) >= n - 2 * context  # none twice, few left out
+        orders.append(epoch[:, 0].argsort().tolist())
+    assert n < 1000 or (sorted(orders[0]) not in orders and orders[0] != orders[1])  # shuffled
     for number in (task.windows_per_epoch, 0):  # each a function of its number alone
         assert torch.equal(task.windows(number, 1)[0], windows[number])
     with pytest.raises(ValueError, match="--context"):
