@@ -288,6 +288,8 @@ def test_autocast_rounds_products_alone():
     assert torch.equal(phi, want_phi)
     with torch.autocast("cpu", torch.bfloat16):
         y, hT = scan_chunked(theta, phi, xbar)
+        under_autocast = scan_loop(theta, phi, x)
+    assert torch.equal(under_autocast[0], scan_loop(theta, phi, x)[0])
     want_y, want_h = scan_loop(theta, phi, xbar.float())
     assert y.dtype == torch.bfloat16
     assert error(y, want_y) < 1e-2  # q, A, H and y are rounded to 8 bits
@@ -312,7 +314,10 @@ def test_autocast_rounds_products_alone():
 )
 def test_sample_on_known_logits(choice, want):
     logits = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log().expand(4000, -1)
-    drawn = fmem.sample(logits, generator=torch.Generator().manual_seed(0), **choice)
+    drawn, again = (
+        fmem.sample(logits, generator=torch.Generator().manual_seed(0), **choice) for _ in range(2)
+    )
+    assert torch.equal(drawn, again)
     shares = (torch.bincount(drawn, minlength=5) / 4000).tolist()
     assert shares == pytest.approx(want, abs=0.03)  # standard deviation under 0.008
     assert [s > 0 for s in shares] == [w > 0 for w in want]
@@ -401,6 +406,13 @@ def test_load_gives_back_the_model_and_the_rest(tied, tmp_path):
     assert rest["corpus"] == "a test"
 
 
+class Code:
+    """What runs when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
 def test_load_says_what_is_wrong_in_one_line(tmp_path):
     path = tmp_path / "model.pt"
     model = FMem(tiny())
@@ -414,7 +426,13 @@ def test_load_says_what_is_wrong_in_one_line(tmp_path):
     assert "train.py" in message()  # there is none yet
     path.write_text("not a checkpoint")
     message()
-    for wrong in ({"format": "other"}, {"layer": "os"}, {"config": {"n_layer": 0}}, {"model": {}}):
+    for wrong in (
+        {"format": "other"},
+        {"layer": "os"},
+        {"config": {"n_layer": 0}},
+        {"model": {}},
+        {"corpus": Code()},
+    ):
         save(path, model, **wrong)
         message()
     save(path, model)
