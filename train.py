@@ -14,9 +14,9 @@ Every field of Settings is an option. A run writes into --out:
     log.csv    a row per log line and per evaluation
     loss.png   the losses, where matplotlib is installed
 
-All that is random in a step follows from the seed, the step, the position in the data and the
-process. So a resumed run equals the unbroken one bit for bit, log.csv included (but for its
-seconds), given the same numbers of threads and processes, and no --seconds.
+All randomness in a step is determined by the seed, the step, the position in the data and the
+process. So a resumed run equals the unbroken one bit for bit, including log.csv (except its column
+of seconds), given the same numbers of threads and processes, and no --seconds.
 """
 
 import argparse
@@ -187,7 +187,7 @@ class Text:
 
     def __init__(self, settings):
         folder = Path(settings.data)
-        if folder == Path(Settings.data):
+        if folder == Path(Settings.data) and not folder.is_dir():
             folder = prepare.DEFAULT  # beside the code, whatever the working folder
             if not (folder / "meta.json").is_file():
                 prepare.prepare(folder)
@@ -334,7 +334,7 @@ def start_log(path, log, columns):
     if path.exists() and not (log and path.read_bytes().startswith(log.encode())):
         aside = path.with_name(f"log-{time.time_ns()}.csv")
         path.replace(aside)
-        print(f"log       {path} is not of this run; it is now {aside}")
+        print(f"log       {path} does not belong to this run; moved to {aside}")
     log = log or ",".join(columns) + "\n"
     path.write_bytes(log.encode())
     return log
@@ -383,7 +383,7 @@ class Processes:
         return total.tolist()
 
     def place(self, model, compiled):
-        """Put the model, or this process's part of it, on the device -> what is called."""
+        """Put the model, or its shard, on the device, and return the module to call."""
         if self.fsdp:
             for block in model.blocks:
                 fully_shard(block)
@@ -415,7 +415,7 @@ class Processes:
 
 
 def note_signals(stack):
-    """A list that gets Ctrl-C or SIGTERM, until the stack ends; a second one ends the run."""
+    """A list that collects Ctrl-C and SIGTERM until the stack closes; a second one ends the run."""
     received = []
 
     def note(number, frame):
@@ -432,9 +432,9 @@ def note_signals(stack):
 
 
 def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, command="train.py"):
-    """A run with the settings `given`, {name: value} of fields of Settings.
+    """A training run. given: {name: value} of fields of Settings; the others have defaults.
 
-    layer, layer_arguments: what stands in the model's blocks, as FMem takes it. task: a class like
+    layer, layer_arguments: the layer in each block, passed on to FMem. task: a class like
     Text, called with the Settings. command: the program's name, for its hints. Returns the last
     checkpoint; in processes other than the first, a part of it. Raises ValueError or OSError, one
     line, for what the user can fix. A run that is resumed after its end returns None.
@@ -626,11 +626,11 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                 f"{not_finite} steps in a row were not finite; try {again} --lr {settings.lr / 3}"
             )
         if stop:
-            say(f"stopped   after step {state.step}, saved; {again} goes on")
+            say(f"stopped   after step {state.step}, saved; to continue: {again}")
         else:
             validate("final", None)
             reached = f"--{limiting} {getattr(settings, limiting)} is reached"
-            say(f"done      {state.step} steps: {reached}; {again} --{limiting} N goes on")
+            say(f"done      {state.step} steps, {reached}; to continue: {again} --{limiting} N")
             if task.tokenizer:
                 say(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
         if draws:

@@ -103,21 +103,6 @@ def extended_reference(layer, x):
     return y @ layer.W_o.weight.T
 
 
-@pytest.mark.parametrize("name", EXTENSIONS)
-def test_extended_memory_is_its_equations(name):
-    """Over more than two chunks, with the gradients of the input and of all weights."""
-    layer = layer64(name)
-    x = torch.randn(2, 70, 16, dtype=torch.float64, requires_grad=True)
-    y, _ = layer(x)
-    want = torch.stack([extended_reference(layer, sequence) for sequence in x])
-    assert error(y, want) < TOLERANCE[ExtendedMemory]
-    leaves = [x, *layer.parameters()]
-    gradients = torch.autograd.grad(y.square().sum(), leaves)
-    wanted = torch.autograd.grad(want.square().sum(), leaves)
-    for a, b in zip(gradients, wanted, strict=True):
-        assert error(a, b) < TOLERANCE[ExtendedMemory]
-
-
 @pytest.mark.parametrize("conv", [0, 4])
 def test_attention_is_that_of_transformers(conv):
     """LLaMA's, with the same weights; transformers rotates in float32."""
@@ -157,8 +142,8 @@ def test_mamba2_is_that_of_transformers():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_sequence_may_be_split_anywhere(name):
-    """One pass over several chunks = pieces = steps, gradients and last state included."""
+def test_layer_is_its_equations_and_may_be_split_anywhere(name):
+    """One pass over several chunks = the equations of ours = pieces = steps, gradients included."""
     layer = layer64(name)
     tolerance = TOLERANCE[type(layer)]
     x = torch.randn(2, 100, 16, dtype=torch.float64, requires_grad=True)
@@ -171,27 +156,30 @@ def test_sequence_may_be_split_anywhere(name):
     for t in range(90, 100):
         y, state = layer.step(x[:, t], state)
         parts.append(y[:, None])
-    y = torch.cat(parts, 1)
-    assert error(y, whole) < tolerance
     torch.testing.assert_close(state, last, rtol=tolerance, atol=tolerance)
+    forms = [whole, torch.cat(parts, 1)]
+    if name in EXTENSIONS:
+        forms.append(torch.stack([extended_reference(layer, sequence) for sequence in x]))
     leaves = [x, *layer.parameters()]
-    want = torch.autograd.grad(whole.square().sum(), leaves)
-    for a, b in zip(torch.autograd.grad(y.square().sum(), leaves), want, strict=True):
-        assert error(a, b) < tolerance
+    want, *others = ([y, *torch.autograd.grad(y.square().sum(), leaves)] for y in forms)
+    for got in others:
+        for a, b in zip(got, want, strict=True):
+            assert error(a, b) < tolerance
 
 
+@torch.no_grad()
 def test_only_steps_without_gradients_change_a_state():
-    """Attention's cache has room after a step, which a step fills, and a forward pass does not."""
+    """Attention's cache has room after steps, which a step fills, and a forward pass does not."""
     layer = layer64("attention")
-    x = torch.randn(2, 30, 16, dtype=torch.float64)
-    with torch.no_grad():
-        _, state = layer(x[:, :20])
-        for t in range(20, 25):
-            _, state = layer.step(x[:, t], state)
-        before = copy_state(state)
-        layer(x[:, 25:], state)
-        layer.step(x[:, 0], copy_state(state))
-        torch.testing.assert_close(state, before, rtol=0, atol=0)
+    x = torch.randn(2, 25, 16, dtype=torch.float64)
+    state = None
+    for t in range(20):
+        _, state = layer.step(x[:, t], state)
+    before = copy_state(state)
+    y, _ = layer.step(x[:, 20], copy_state(state))
+    assert error(y, layer(x)[0][:, 20]) < TOLERANCE[Attention]
+    layer(x[:, 20:], state)
+    torch.testing.assert_close(state, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -212,13 +200,11 @@ def make_task(name, context, seed=3):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_window_is_a_function_of_seed_and_number(name):
-    windows = make_task(name, 40).windows(5, 6)
-    assert windows.shape == (6, 41) and len(windows.unique(dim=0)) == 6
-    assert torch.equal(windows[2:4], make_task(name, 40).windows(7, 2))
-    assert not torch.equal(windows, make_task(name, 40, seed=4).windows(5, 6))
-    for seed in (0, 3):
-        task = make_task(name, 40, seed)
-        assert not torch.equal(task.windows(5, 6), task.windows(5, 6, held_out=True))
+    """No two are the same, those for validation included."""
+    windows = [make_task(name, 40, seed).windows(5, 6) for seed in (3, 4, 0)]
+    windows.append(make_task(name, 40).windows(5, 6, held_out=True))
+    assert torch.cat(windows).unique(dim=0).shape == (24, 41)
+    assert torch.equal(windows[0][2:4], make_task(name, 40).windows(7, 2))
 
 
 def test_associative_recall_asks_for_any_key_at_any_time():
@@ -296,22 +282,21 @@ def test_loss_by_position_and_beyond_the_training_length(monkeypatch):
     _, *positions = evaluate.loss_by_position(model, tokens, 60, 1000, CPU)
     assert [(r["from"], r["to"]) for r in positions] == [(1, 8), (9, 16), (17, 32), (33, 60)]
     assert [r["nats"] for r in positions] == pytest.approx([near, near, near, far])
-    results = list(evaluate.loss_beyond(model, tokens, 32, 8, CPU))
-    assert [r["length"] for r in results] == [32, 64, 128, 256]
-    for r in results:
-        share = 32 / r["length"]
-        assert r["mean"] == pytest.approx(share * near + (1 - share) * far, abs=1e-6)
-        assert r["at_end"] == pytest.approx(near if r["length"] == 32 else far, abs=1e-6)
+    for i, got in enumerate(evaluate.loss_beyond(model, tokens, 32, 8, CPU)):
+        want = {"result": "long", "length": 32 * 2**i, "tokens": 256}
+        want |= {"mean": far + (near - far) / 2**i, "at_end": far if i else near}
+        assert got == pytest.approx(want, abs=1e-6)
+    assert i == 3
 
 
 def test_description_of_rows():
     """Of weights that are known: four rows, each for every fourth token, at a rate of 1/2."""
     alpha = F.one_hot(torch.arange(960) % 4, 8).double()
     got = evaluate.describe_rows(0.5 * alpha, 0.25 * alpha)
-    assert got["rows_per_token"] == pytest.approx(1) and got["rows_used"] == pytest.approx(4)
-    assert got["eta"] == pytest.approx(0.5) and got["mu"] == pytest.approx(0.25)
-    assert got["half_life"][0] == pytest.approx(4)
-    assert got["half_life"][-1] > 1e9  # of a row that is never written
+    least, *_, most = got.pop("half_life")
+    assert least == pytest.approx(4) and most > 1e9  # of a row that is never written
+    want = {"rows": 8, "rows_per_token": 1, "rows_used": 4, "eta": 0.5, "mu": 0.25}
+    assert got == pytest.approx(want)
 
 
 def test_routing_leaves_out_the_row_that_every_token_writes():
@@ -319,8 +304,6 @@ def test_routing_leaves_out_the_row_that_every_token_writes():
     results = list(evaluate.routing(model, torch.randint(50, (100,)), 24, CPU))
     assert [(r["layer"], r["rows"]) for r in results] == [(0, 7), (1, 7)]
     assert all(r["eta"] == pytest.approx(0.5) for r in results)  # as it starts
-    with pytest.raises(ValueError, match="Attention has none"):
-        list(evaluate.routing(FMem(tiny(), Attention), torch.zeros(24), 24, CPU))
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +325,6 @@ def last_in_log(folder, name):
 def test_run_on_recall(recall_run):
     model, saved = fmem.load(recall_run / "best.pt")
     assert (saved["layer"], saved["corpus"], saved["tokenizer"]) == ("Attention", "mqar", None)
-    assert 0 <= last_in_log(recall_run, "val_accuracy") <= 1
     assert 4.3 < last_in_log(recall_run, "val_loss") < 5.5  # ln 130 = 4.87 before it learns
     paper = FMem(FMemConfig(130, 1, 16, n_rows=8, k_rows=2))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (model, paper)]
@@ -372,17 +354,12 @@ def test_evaluation_of_a_text(run, capsys):
     assert lengths == [(24, 288), (48, 288), (96, 288)]  # three windows of 96
 
 
-def test_commands_say_what_is_wrong(run, recall_run, tmp_path):
-    text = str(run / "last.pt")
-    recall = str(recall_run / "last.pt")
+def test_commands_say_what_is_wrong(run, recall_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for main, arguments, message in [
-        (evaluate.main, [text, "--recall"], "--recall is for models of mqar"),
-        (evaluate.main, [recall, "--loss"], "--recall"),
-        (evaluate.main, [text, "--long", "--times", "99999"], "at most"),
+        (evaluate.main, [str(run / "last.pt"), "--recall"], "--recall is for models of mqar"),
+        (evaluate.main, [str(recall_run / "last.pt"), "--loss"], "use --recall"),
         (lab_train.main, ["--layer", "mamba2", "--gate"], "--gate is not an option"),
-        (lab_train.main, ["--layer", "mamba2", "--d_state", "999"], "set d_mlp"),
     ]:
-        if main is lab_train.main:
-            arguments = [*arguments, "--device", "cpu", "--out", str(tmp_path / "out")]
         with pytest.raises(SystemExit, match=message):
-            main(arguments)
+            main([*arguments, "--device", "cpu"])

@@ -75,10 +75,6 @@ HOSTILE = (
 WORDS = [*HOSTILE, *(f" w{i}" + "\n" * (i % 7 == 0) for i in range(len(HOSTILE), 50))]
 
 
-def data_of(path):
-    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"))[1])
-
-
 def test_bytes_as_they_are_shown():
     """Whole characters as they are, all else as escapes that cannot be mistaken for layout."""
     pieces = ["é".encode(), b"\xc3", b" a\n", b"\t", b"\x1b", "\u202e".encode()]
@@ -114,21 +110,15 @@ def check_reads(page, layer, t):
 def check_rows(page, layer, t):
     """The table of rows has what each holds after token t, by the formulas of look.py."""
     E, F = contents(layer, t)
-    ages = torch.arange(t, -1, -1.0).double()
+    ages = torch.arange(t, -1, -1.0).double() @ E / E.sum(0)
+    half_lives = math.log(0.5) / torch.log1p(-layer.theta).mean(0)
+    want = torch.stack([100 * E.max(0).values, 100 * F, layer.rms[t + 1], ages, half_lives], 1)
     rows = table(page, "rows-body")
-    assert len(rows) == 8
-    for i, (kind, name, _, words, before, rms, age, half_life) in enumerate(rows):
-        assert name == (str(i) if i < layer.n_routed else "shared")
-        assert ("chosen" in kind) == bool(layer.theta[t, i] > 0)
-        numbers = [
-            (before, 100 * F[i].item()),
-            (re.search(r" ([\d.]+) %", words)[1], 100 * E[:, i].max().item()),
-            (rms, layer.rms[t + 1, i].item()),
-            (age, (ages @ E[:, i] / E[:, i].sum()).item()),
-            (half_life, math.log(0.5) / torch.log1p(-layer.theta[:, i]).mean().item()),
-        ]
-        for text, value in numbers:  # two digits are shown
-            assert float(text) == pytest.approx(value, rel=0.06, abs=0.06), (name, numbers)
+    shown = [[re.search(r" ([\d.]+) %", words)[1], *cells] for _, _, _, words, *cells in rows]
+    numbers = torch.tensor([[float(cell) for cell in cells] for cells in shown])
+    torch.testing.assert_close(numbers.double(), want, rtol=0.06, atol=0.06)  # two digits
+    assert [cells[1] for cells in rows] == [*"0123456", "shared"]
+    assert ["chosen" in cells[0] for cells in rows] == (layer.theta[t] > 0).tolist()
 
 
 def test_the_page_in_a_browser(tmp_path):
@@ -156,8 +146,6 @@ def test_the_page_in_a_browser(tmp_path):
         page.goto(path.as_uri())
         spans = page.eval_on_selector_all("#text span", "spans => spans.map(s => s.textContent)")
         assert spans == [WORDS[token].replace("\n", "⏎") for token in tokens.tolist()]
-        height = page.evaluate("document.documentElement.scrollHeight")
-
         page.click("#token-0")
         check_reads(page, layers[0], 0)
         page.click("#token-58")
@@ -171,12 +159,9 @@ def test_the_page_in_a_browser(tmp_path):
         t = int(re.match(r"token (\d+)", page.inner_text("#read-at"))[1]) - 1
         page.click("#read-map", position={"x": 3, "y": 60})
         check_reads(page, layers[1], t)
-        page.click("#phi")
-        assert page.get_attribute("#phi", "aria-pressed") == "true"
         page.keyboard.press("0")  # the mean of all layers
         check_shades(page, sum(layer.shares()[0][t] for layer in layers) / 2)
 
-        assert page.evaluate("document.documentElement.scrollHeight") == height
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert page.title() == "Inside the memory" and page.locator("script").count() == 2
         assert events == [path.as_uri()]  # no message, no error, and nothing else is asked for
@@ -186,7 +171,7 @@ def look_at(capsys, *arguments):
     """The command: the path that it names, and the data in that page."""
     look.main([str(argument) for argument in arguments])
     path = Path(capsys.readouterr().out.split(": ")[0])
-    return path, data_of(path)
+    return path, json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"))[1])
 
 
 def test_the_command(run, tmp_path, capsys):
@@ -225,19 +210,16 @@ def test_of_a_long_text_the_end_is_shown_with_the_memory_of_the_rest(run, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "1"], "--tokens"),
         (["--prompt", ""], "one token"),
         (["--data", "nowhere"], "nowhere"),
         (["--prompt", "the", "--out", "notes.html"], "notes.html"),  # which is no page of ours
     ],
 )
-def test_what_cannot_work_is_one_line(arguments, message, run, tmp_path, monkeypatch, capsys):
+def test_what_cannot_work_is_one_line(arguments, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("notes.html").write_text("mine")
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match=rf"\Alook.py: error: .*{message}.*\Z"):
         look.main(["--checkpoint", str(run / "best.pt"), *arguments])
-    line = f"{end.value.code}\n" + capsys.readouterr().err
-    assert message in line and line.removeprefix("2\n").count("\n") == 1
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -245,16 +227,12 @@ def test_the_notebook_runs(corpus, tmp_path):
     """A copy with little training, from top to bottom; what needs no training holds in it too."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
     pytest.importorskip("matplotlib")
     folder = Path(look.__file__).parent
     text = (folder / "learn.ipynb").read_text("utf-8")
-    for old, new in (
-        ("STEPS = 500", "STEPS = 20"),
-        ("range(121)", "range(11)"),
-        ("data/default", corpus.as_posix()),
-        ("out-learn", (tmp_path / "out").as_posix()),
-    ):
+    changes = {"STEPS = 500": "STEPS = 20", "range(121)": "range(11)"}
+    changes |= {"data/default": corpus.as_posix(), "out-learn": (tmp_path / "out").as_posix()}
+    for old, new in changes.items():
         assert old in text
         text = text.replace(old, new)
     notebook = nbformat.reads(text, 4)
@@ -271,7 +249,5 @@ def test_the_notebook_runs(corpus, tmp_path):
     assert max(printed(5, r"float64.*by (\S+) of")) < 1e-7
     assert max(printed(5, r"float32.*by (\S+) of")) < 3e-6
     assert 0 < printed(5, r"(\d+)% of them are not a number")[0] < 100
-    assert printed(7, r"state: ([\d,]+) numbers") == [3072]
     assert max(printed(8, r"to (\S+) of it")) < 1e-12
-    sizes = printed(10, r"state of +([\d,]+)")
-    assert sizes[:4] == [16384] * 4 and sizes[7] == 16384 * 1024
+    assert printed(10, r"state of +([\d,]+)")[3:8:4] == [16384, 16384 * 1024]  # memory, cache

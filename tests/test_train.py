@@ -15,7 +15,7 @@ import socket
 import time
 import traceback
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -86,16 +86,14 @@ def fork(action, errors, environment=()):
     """Do something in a child. Returns its process id; what it raises is written to a file."""
     child = os.fork()
     if child == 0:
-        code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.environ.update(environment)
             action()
-            code = 0
         except BaseException:
             errors.write_text(traceback.format_exc())
         finally:
-            os._exit(code)
+            os._exit(errors.exists())
     return child
 
 
@@ -106,7 +104,7 @@ def test_a_signal_saves_and_the_hint_resumes_bit_for_bit(small, tmp_path, monkey
     with monkeypatch.context() as patch:
         before_step(patch, 10, lambda: signal.raise_signal(signal.SIGTERM))
         assert train.train({**settings, "out": str(out)})["step"] == 10
-    hint = re.search(r"python train\.py (--resume.*?) goes on", capsys.readouterr().out)[1]
+    hint = re.search(r"python train\.py (--resume.*)", capsys.readouterr().out)[1]
     assert read(out / "last.pt")["losses"]  # of the steps since the last log line
     with open(out / "log.csv", "a") as file:
         file.write("11,1056,3.0,1e-3,1,0,,,,0.5\n12,1")  # a row too many, and half a one
@@ -151,19 +149,14 @@ def test_a_second_signal_ends_at_once():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_resume_with_another_batch_size_repeats_and_skips_nothing(small, tmp_path, monkeypatch):
-    numbers = []
-    windows = train.Text.windows
-
-    def noted(self, first, count):
-        numbers.extend(range(first, first + count))
-        return windows(self, first, count)
-
-    monkeypatch.setattr(train.Text, "windows", noted)
+def test_resume_with_another_batch_size_repeats_and_skips_nothing(small, tmp_path):
     out = str(tmp_path)
-    train.train({**small, "out": out, "max_steps": 3})
-    train.train({"out": out, "resume": True, "device": "cpu", "max_steps": 5, "batch_size": 6})
-    assert numbers == list(range(3 * 4 + 2 * 6))
+    windows = train.Text.windows
+    with patch.object(train.Text, "windows", autospec=True, side_effect=windows) as spy:
+        train.train({**small, "out": out, "max_steps": 3})
+        train.train({"out": out, "resume": True, "device": "cpu", "max_steps": 5, "batch_size": 6})
+    read_ones = [call.args[1:] for call in spy.call_args_list]
+    assert read_ones == [(0, 4), (4, 4), (8, 4), (12, 6), (18, 6)]
     assert column(out, "tokens")[-1] == (5, 24 * 24)
 
 
@@ -176,7 +169,8 @@ def test_resume_takes_new_rates_and_keeps_the_moments_and_a_foreign_log(run, tmp
     given = {"out": str(out), "resume": True, "device": "cpu", "max_steps": 21}
     done = train.train({**given, "weight_decay": 0.5, "beta2": 0.5})
     groups = done["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    decays = [(len(group["params"]), group["weight_decay"]) for group in groups]
+    assert decays == [(8, 0.5), (4, 0.0)]  # matrices of the layer; norms and embedding
     assert all(group["betas"] == (0.9, 0.5) for group in groups)
     assert all(state["step"] == 21 for state in done["optimizer"]["state"].values())
     assert [path.read_bytes() for path in out.glob("log-*.csv")] == [foreign]
@@ -197,25 +191,17 @@ def test_what_cannot_be_resumed_gets_one_line(run, tmp_path):
     shutil.copy(out / "best.pt", out / "last.pt")
     with pytest.raises(ValueError, match="weights alone"):
         train.train(given)
-    whole = bytearray((run / "last.pt").read_bytes())
-    whole[len(whole) // 2] ^= 1
-    (out / "last.pt").write_bytes(whole)
-    with pytest.raises(ValueError, match="damaged"):
-        train.train(given)
 
 
 def test_a_renamed_checkout_resumes_on_its_own_data(small, corpus, tmp_path, monkeypatch):
     """Nothing in a checkpoint is bound to a machine: no absolute path, no device."""
     first = tmp_path / "first"
-    second = tmp_path / "second"
     shutil.copytree(corpus, first / "data")
     monkeypatch.chdir(first)
     train.train({**small, "data": str(first / "data"), "max_steps": 2})  # out is the default one
-    saved = read("out/last.pt")
-    assert saved["settings"]["data"] == "data" and "device" not in saved["settings"]
+    assert "device" not in read("out/last.pt")["settings"]
     monkeypatch.chdir(tmp_path)
-    first.rename(second)
-    monkeypatch.chdir(second)
+    monkeypatch.chdir(first.rename("second"))
     assert train.train({"resume": True, "device": "cpu", "max_steps": 3})["step"] == 3
 
 
@@ -263,8 +249,7 @@ def test_two_runs_in_one_folder_are_refused(small, tmp_path, monkeypatch):
 
 def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatch):
     losses = iter([4.0, 3.0, math.nan, 3.5, 1.0])  # after 5, 10, 15, 20 steps; at the end, of all
-    columns = {"val_bpb": 1.0, "val_tokens": 1}
-    monkeypatch.setattr(train.Text, "validate", lambda *a: (next(losses), "", columns))
+    monkeypatch.setattr(train.Text, "validate", lambda *args: (next(losses), "", {}))
     train.train({**small, "out": str(tmp_path), "keep_every": 10})
     best = read(tmp_path / "best.pt")
     last = read(tmp_path / "last.pt")
@@ -273,35 +258,27 @@ def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatc
     assert "optimizer" not in best and "log" not in best
 
 
-@needs_fork
-def test_a_full_disk_is_one_line(run, tmp_path):
-    resource = pytest.importorskip("resource", reason="a limit on files stands for the disk")
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    errors = tmp_path / "errors"
     shutil.copytree(run, out)
     before = (out / "last.pt").read_bytes()
-
-    def limited():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
-        train.train({"resume": True, "device": "cpu", "out": str(out), "max_steps": 40})
-
-    os.waitpid(fork(limited, errors), 0)
-    assert re.search(r"\nOSError: cannot write .*File too large.*\n$", errors.read_text())
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError("the disk is full")))
+    with pytest.raises(OSError, match=r"^cannot write .*the disk is full.*$"):
+        train.train({"resume": True, "device": "cpu", "out": str(out), "max_steps": 21})
     assert (out / "last.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
 
 
-def test_seconds_end_the_schedule_and_resume_says_so(small, tmp_path, capsys):
+def test_seconds_end_the_schedule_and_a_resume_says_so(small, tmp_path, capsys):
     out = tmp_path / "out"
     given = {"max_steps": 10**6, "seconds": 1.0, "eval_every": 10**5}
     done = train.train({**small, **given, "out": str(out)})
     assert 1.0 <= done["seconds"] < 5 and 5 < done["step"] < 10**5
     rates = [rate for _, rate in column(out, "lr")]
     assert rates[-1] < 0.1 * max(rates)  # the cosine has come down to its end of 0.05
-    capsys.readouterr()
     again = {"out": str(out), "resume": True, "device": "cpu"}
-    train.train({**again, "max_steps": 10**5})
-    assert read(out / "last.pt")["step"] == done["step"] and "--seconds" in capsys.readouterr().out
+    capsys.readouterr()
+    assert train.train({**again, "max_steps": 10**5}) is None
+    assert re.search("--seconds 1.0 is reached; .* --seconds N", capsys.readouterr().out)
     more = train.train({**again, "max_steps": done["step"] + 2, "seconds": math.inf})
     assert more["step"] == done["step"] + 2
 
@@ -309,14 +286,9 @@ def test_seconds_end_the_schedule_and_resume_says_so(small, tmp_path, capsys):
 def test_what_is_not_finite_never_reaches_the_weights(small, tmp_path, monkeypatch):
     """Steps 4 and from 8 on have such a loss: each is skipped, three in a row end the run."""
     given = {**small, "out": str(tmp_path), "keep_every": 1, "max_skipped": 3, "eval_every": 100}
-    true_loss = F.cross_entropy
-    numbers = itertools.count(1)
-
-    def cross_entropy(*args, **options):
-        number = next(numbers)
-        return true_loss(*args, **options) * (1 if number < 4 or 4 < number < 8 else math.nan)
-
-    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+    loss = F.cross_entropy
+    factors = iter([1, 1, 1, math.nan, 1, 1, 1, math.nan, math.nan, math.nan])
+    monkeypatch.setattr(F, "cross_entropy", lambda *args, **kw: loss(*args, **kw) * next(factors))
     with pytest.raises(ValueError, match="3 steps in a row.*--resume"):
         train.train(given)
     kept = [read(tmp_path / f"step-{i}.pt") for i in range(1, 11)]
@@ -327,8 +299,8 @@ def test_what_is_not_finite_never_reaches_the_weights(small, tmp_path, monkeypat
     assert same(last["optimizer"]["state"], kept[6]["optimizer"]["state"])
 
 
-def test_micro_batches_change_nothing(small, tmp_path):
-    """Not even where windows differ in how many of their targets count: to rounding."""
+def test_micro_batches_and_bf16_change_no_more_than_rounding(small, tmp_path):
+    """Not even where windows differ in how many of their targets count."""
 
     class Some(train.Text):
         def targets(self, windows):
@@ -338,19 +310,17 @@ def test_micro_batches_change_nothing(small, tmp_path):
             return targets
 
     given = {**small, "dropout": 0.0, "max_steps": 4, "clip": 1e9}
-    for micro in (4, 3):
-        train.train({**given, "out": str(tmp_path / str(micro)), "micro_batch": micro}, task=Some)
-    for name, rel in (("train_loss", 1e-5), ("grad_norm", 1e-4)):
-        want = [(i, pytest.approx(v, rel=rel)) for i, v in column(tmp_path / "4", name)]
-        assert column(tmp_path / "3", name) == want
-
-
-def test_bf16_leads_where_float32_leads(small, run, tmp_path):
-    done = train.train({**small, "out": str(tmp_path), "dtype": "bf16"})
-    assert {weight.dtype for weight in done["model"].values()} == {torch.float32}
-    # 8 bits of mantissa: 0.4 % per product, less in the mean of a batch
-    want = [(step, pytest.approx(loss, rel=5e-3)) for step, loss in column(run, "train_loss")]
-    assert column(tmp_path, "train_loss") == want
+    for name, more in (("one", {}), ("micro", {"micro_batch": 3}), ("bf16", {"dtype": "bf16"})):
+        done = train.train({**given, **more, "out": str(tmp_path / name)}, task=Some)
+        assert {weight.dtype for weight in done["model"].values()} == {torch.float32}
+    # bf16 has 8 bits of mantissa: 0.4 % per product, less in the mean of a batch
+    for run, name, rel in (
+        ("micro", "train_loss", 1e-5),
+        ("micro", "grad_norm", 1e-4),
+        ("bf16", "train_loss", 5e-3),
+    ):
+        want = [(i, pytest.approx(v, rel=rel)) for i, v in column(tmp_path / "one", name)]
+        assert column(tmp_path / run, name) == want
 
 
 def in_processes(world, given, folder):
@@ -396,9 +366,10 @@ def test_any_number_of_processes_is_one_run(small, tmp_path, monkeypatch):
 
 
 def test_too_little_memory_is_one_line_and_nothing_is_retried(small, tmp_path, monkeypatch):
-    forward = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nmore lines"))
+    error = torch.OutOfMemoryError("CUDA out of memory.\nmore lines")
+    forward = Mock(side_effect=error)
     monkeypatch.setattr(FMem, "forward", forward)
-    with pytest.raises(SystemExit, match="--micro_batch.*--recompute.*--context"):
+    with pytest.raises(SystemExit, match="out of memory.*--micro_batch.*--recompute.*--context"):
         train.main(options(small, tmp_path))
     assert forward.call_count == 1
 
@@ -427,41 +398,20 @@ def test_settings_are_given_or_resumed_or_of_the_preset():
     assert (settled.preset, settled.d_model, settled.lr, settled.n_layer) == ("gpu", 8, 2.0, 8)
 
 
-def test_learning_rate():
-    settings = train.Settings(lr=1.0, warmup=9, min_lr=0.1)
-    rates = [train.learning_rate(settings, step, 0) for step in range(11)]
-    assert rates == pytest.approx([min(1, (step + 1) / 10) for step in range(11)])
-    assert train.learning_rate(settings, 100, 0.5) == pytest.approx(0.55)
-    assert train.learning_rate(settings, 100, 1.5) == pytest.approx(0.1)
-
-
-def test_matrices_of_the_layers_decay_and_nothing_else():
-    model = FMem(FMemConfig(50, n_layer=2, d_model=16, n_rows=8, k_rows=2))
-    optimizer = train.make_optimizer(model, train.Settings(), torch.device("cpu"))
-    decayed, free = optimizer.param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
-    assert len(decayed["params"]) == 2 * 8
-    assert sorted(p.dim() for p in free["params"]) == [*[1] * 5, 2]  # five norms, the embedding
-
-
-@pytest.mark.parametrize("n", [1000, 25])
-def test_an_epoch_reads_the_text_once(n, corpus, monkeypatch):
-    context = 24
+def test_an_epoch_reads_the_text_once(corpus, monkeypatch):
     loaded = prepare.load(corpus)
-    monkeypatch.setattr(prepare, "load", lambda folder: (np.arange(n), *loaded[1:]))
-    task = train.Text(train.Settings(context=context, seed=1, data="numbers"))
+    monkeypatch.setattr(prepare, "load", lambda folder: (np.arange(1000), *loaded[1:]))
+    task = train.Text(train.Settings(context=24, seed=1, data="numbers"))
     windows = task.windows(0, 2 * task.windows_per_epoch)
-    assert (windows == windows[:, :1] + torch.arange(context + 1)).all()  # each a piece of it
+    assert (windows == windows[:, :1] + torch.arange(25)).all()  # each a piece of it
     orders = []
     for epoch in windows.split(task.windows_per_epoch):
         targets = task.targets(epoch).flatten().tolist()
-        assert len(set(targets)) == len(targets) >= n - 2 * context  # none twice, few left out
+        assert len(set(targets)) == len(targets) >= 1000 - 2 * 24  # none twice, few left out
         orders.append(epoch[:, 0].argsort().tolist())
-    assert n < 1000 or (sorted(orders[0]) not in orders and orders[0] != orders[1])  # shuffled
+    assert sorted(orders[0]) not in orders and orders[0] != orders[1]  # shuffled
     for number in (task.windows_per_epoch, 0):  # each a function of its number alone
         assert torch.equal(task.windows(number, 1)[0], windows[number])
-    with pytest.raises(ValueError, match="--context"):
-        train.Text(train.Settings(context=n, data="numbers"))
 
 
 @pytest.mark.parametrize("count, limit", [(2, None), (7, 100)])
@@ -472,13 +422,10 @@ def test_validation_counts_every_token_once(count, limit, corpus):
     processes = train.Processes(torch.device("cpu"), False)
     loss, _, columns = task.validate(model, limit, count, processes, contextlib.nullcontext)
     tokens = torch.from_numpy(task.val.astype(np.int64))[: limit and limit + 1]
-    nats = 0.0
-    for start in range(0, len(tokens) - 1, 24):
-        window = tokens[start : start + 25]
-        logits, _ = model(window[None, :-1])
-        nats += F.cross_entropy(logits[0], window[1:], reduction="sum").item()
-    assert loss == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
-    pieces = tokenizer.token_bytes(tokenizer.load_tokenizer(task.tokenizer))
-    size = sum(len(pieces[token]) for token in tokens[1:])
-    assert columns["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    assert columns["val_tokens"] == len(tokens) - 1
+    windows = [tokens[i : i + 25] for i in range(0, len(tokens) - 1, 24)]
+    logits = torch.cat([model(window[None, :-1])[0][0] for window in windows])
+    nats = F.cross_entropy(logits, tokens[1:]).item()
+    text = tokenizer.load_tokenizer(task.tokenizer).decode_bytes(tokens[1:].tolist())
+    size = len(text.replace(tokenizer.EOT.encode(), b"")) / (len(tokens) - 1)  # bytes per token
+    want = {"val_bpb": nats / math.log(2) / size, "val_tokens": len(tokens) - 1}
+    assert {"loss": loss, **columns} == pytest.approx({"loss": nats, **want}, rel=1e-5)
