@@ -127,9 +127,7 @@ def recurrence(keep, write, first):
     """
     if write.dim() != 4 or keep.shape != write.shape[:3] or first.shape != write[:, 0].shape:
         shapes = ", ".join(str(tuple(v.shape)) for v in (keep, write, first))
-        raise ValueError(
-            f"keep, write and first must be [G, T, m], [G, T, m, d] and [G, m, d], not {shapes}"
-        )
+        raise ValueError(f"shapes must be [G, T, m], [G, T, m, d] and [G, m, d], not {shapes}")
     if not all(v.is_floating_point() and v.device == write.device for v in (keep, write, first)):
         raise ValueError("keep, write and first must be floating-point tensors on one device")
     return recurrence_op(keep, write, first, False)

@@ -277,10 +277,8 @@ def text_and_words(saved, args):
         words = [f" {number}" for number in range(vocab_size)]
         numbers = read_prompt(args.prompt or "").split()
         if not numbers or not all(n.isdecimal() and int(n) < vocab_size for n in numbers):
-            raise ValueError(
-                f"the model was trained on {saved['corpus']}, not on text: --prompt must be "
-                f"token ids below {vocab_size}, separated by spaces"
-            )
+            numbers = f"token ids below {vocab_size}, separated by spaces"
+            raise ValueError(f"for a model of {saved['corpus']}, --prompt must be {numbers}")
         return [int(n) for n in numbers], words
     encoding = tokenizer.load_tokenizer(saved["tokenizer"])
     words = [visible(piece) for piece in tokenizer.token_bytes(encoding)]
@@ -356,9 +354,7 @@ def main(argv=None):
     add("--data", metavar="DIR", help="prepared folder of the passage (default: the training's)")
     add("--seed", type=int, default=1337, help="of --generate (default: 1337)")
     add("--out", type=Path, metavar="FILE", help="default: look.html beside the checkpoint")
-    parser.error = lambda message: parser.exit(
-        2, f"look.py: error: {tokenizer.one_line(message)}; --help lists the options\n"
-    )
+    parser.error = lambda text: parser.exit(2, f"look.py: error: {tokenizer.one_line(text)}\n")
     args = parser.parse_args(argv)
     if args.tokens is not None and not 2 <= args.tokens <= MOST_TOKENS:
         parser.error(f"--tokens must be from 2 to {MOST_TOKENS}, not {args.tokens}")

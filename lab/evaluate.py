@@ -193,9 +193,7 @@ def evaluate(model, saved, args, device):
     context = saved["settings"]["context"]
     is_text = saved["tokenizer"] is not None
     if args.recall and is_text:
-        raise ValueError(
-            f"--recall is for models of {' and '.join(TASKS)}, not of {saved['corpus']}"
-        )
+        raise ValueError(f"--recall is for models of {' and '.join(TASKS)}, not of text")
     if not is_text and (args.loss or args.long or args.routing):
         raise ValueError(f"a model of {saved['corpus']} was not trained on text; use --recall")
     if args.recall and saved["corpus"] == "mqar":

@@ -196,9 +196,7 @@ class Attention(nn.Module):
         self.n_head = n_head or max(d_model // 32, 1)
         self.n_kv_head = n_kv_head or self.n_head
         if d_model % (2 * self.n_head):
-            raise ValueError(
-                f"n_head {self.n_head} must divide d_model {d_model}, to an even width"
-            )
+            raise ValueError(f"d_model {d_model} must be a multiple of 2 n_head {self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
         self.D = d_model // self.n_head

@@ -166,7 +166,7 @@ class FMemModel(FMemPreTrainedModel):
             raise ValueError(f"the state must be one that this model returned, not {type(state)}")
         elif (known := len(pytree.tree_leaves(state.layers)[0])) != B:
             raise ValueError(
-                f"the state has {known} sequences, the input {B}; state.batch_repeat_interleave(n)"
+                f"the state has {known} sequences, the input {B}: batch_repeat_interleave"
             )
         if attention_mask is not None:  # zeros stay zeros in every block, and write zeros
             x = x * attention_mask[:, -T:, None].to(x.dtype)

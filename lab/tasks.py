@@ -65,10 +65,7 @@ class Recall:
     def __init__(self, settings):
         """Raises ValueError for a context that is too short."""
         if settings.context < self.least_context:
-            raise ValueError(
-                f"--data {self.corpus} needs a --context of at least {self.least_context}, "
-                f"not {settings.context}"
-            )
+            raise ValueError(f"--context must be at least {self.least_context} for {self.corpus}")
         self.length = settings.context + 1
         self.seed = settings.seed
         self.about = f"{self.corpus}, generated window by window"

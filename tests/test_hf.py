@@ -232,12 +232,10 @@ from ...test_modeling_common import ModelTesterMixin, ids_tensor
 from ...test_training_mixin import TrainingTesterMixin
 from .modeling_fmem import *
 
-for kind, name in (
-    ("", "FMemModel"),
-    ("FOR_CAUSAL_LM_", "FMemForCausalLM"),
-    ("FOR_SEQUENCE_CLASSIFICATION_", "FMemForSequenceClassification"),
-):
-    getattr(modeling_auto, f"MODEL_{kind}MAPPING_NAMES")["fmem"] = name
+modeling_auto.MODEL_MAPPING_NAMES["fmem"] = "FMemModel"
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fmem"] = "FMemForCausalLM"
+classifiers = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+classifiers["fmem"] = "FMemForSequenceClassification"
 AutoConfig.register("fmem", FMemHFConfig)
 AutoModelForSequenceClassification.register(FMemHFConfig, FMemForSequenceClassification)
 
@@ -249,9 +247,8 @@ class FMemTester:
     layer = {}
 
     def get_config(self):
-        sizes = dict(vocab_size=99, d_model=32, n_layer=2, n_rows=8, k_rows=3)
-        tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-        return FMemHFConfig(**sizes, **tokens, **self.layer)
+        sizes = dict(vocab_size=99, d_model=32, n_layer=2, n_rows=8, k_rows=3, pad_token_id=0)
+        return FMemHFConfig(**sizes, bos_token_id=1, eos_token_id=2, **self.layer)
 
     def prepare_config_and_inputs_for_common(self):
         return self.get_config(), {"input_ids": ids_tensor([3, 7], 99)}
