@@ -22,7 +22,7 @@ import fmem
 from data.tokenizer import EOT, encode, load_tokenizer, printable
 from train import one_line_errors
 
-TESTED = ["5.23.0", "5.24.0"]  # versions of transformers
+TESTED = ["5.20.0", "5.23.0", "5.24.0"]  # versions of transformers
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("lab/modeling_fmem.py", "lab/layers.py", "fmem.py", "kernel.py", "LICENSE")
 
