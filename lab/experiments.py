@@ -157,6 +157,8 @@ def read_log(folder, printed):
     }
     if rows[-1].get("val_bpb"):
         result["bits_per_byte"] = float(rows[-1]["val_bpb"])
+    if rows[-1].get("val_accuracy"):
+        result["percent_right"] = 100 * float(rows[-1]["val_accuracy"])
     return result
 
 

@@ -6,11 +6,12 @@ A table stands between a mark with its name and the end mark; the words around i
 hand. A table without raw lines is left empty. The figure needs matplotlib.
 """
 
+import json
 import re
 import statistics
 from collections import defaultdict
 
-from lab.experiments import GROUPS, ROOT, SHAPES, read_runs
+from lab.experiments import GROUPS, ROOT, RUNS, SHAPES, read_runs
 
 PAGE = ROOT / "docs/results.md"
 FIGURE = ROOT / "docs/results-ten.png"
@@ -80,13 +81,13 @@ def language(done):
     return table(heads, [row for _, row in sorted(rows)])
 
 
-def rates(done, group="rates"):
+def rates(done, group="rates", key="nats", digits=3):
     """A sweep of learning rates."""
     swept = collect(done, group)
     columns = GROUPS[group].rates
     rows = []
     for model in dict.fromkeys(model for model, _ in swept):
-        cells = [spread(values(swept.get((model, rate), {}), "nats")) for rate in columns]
+        cells = [spread(values(swept.get((model, rate), {}), key), digits) for rate in columns]
         rows.append([label(model), *cells])
     return table(["model", *columns], rows)
 
@@ -177,18 +178,34 @@ def default(done):
     return table(["command", "on", "bits per byte of each seed", "seconds"], rows)
 
 
+def speed(done, bench, beside):
+    """Times by context, as multiples of that of the model `beside`; and the largest state."""
+    lines = (RUNS.parent / "bench.jsonl").read_text(encoding="utf-8").splitlines() if done else []
+    lines = [line for line in map(json.loads, lines) if line["bench"] == bench]
+    rows = []
+    for model in MAIN if lines else []:
+        row = [label(model)]
+        row += [f"{line['seconds'][model] / line['seconds'][beside]:.2f}" for line in lines]
+        sizes = lines[-1].get("state_bytes", {})
+        rows.append([*row, f"{sizes[model]:,}" if sizes else ""])
+    contexts = [f"{line['context']:,}" for line in lines]
+    return table(["model", *contexts, "bytes of the last state"], rows)
+
+
 TABLES = {
     "language": language,
     "rates": rates,
     "ten": ten,
     "long": long,
     "rows": rows_of_memory,
-    "recall-rates": lambda done: rates(done, "recall-rates"),
+    "recall-rates": lambda done: rates(done, "recall-rates", "percent_right", 1),
     "recall": lambda done: shares(done, "recall-pairs", "pairs"),
     "recall256": lambda done: shares(done, "recall256-pairs", "pairs"),
     "passkey": lambda done: shares(done, "passkey-distances", "distance"),
     "routing": routing,
     "default": default,
+    "training": lambda done: speed(done, "train", "transformer"),
+    "generation": lambda done: speed(done, "generate", "paper"),
 }
 
 
