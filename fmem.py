@@ -83,7 +83,7 @@ class FMemConfig:
             raise ValueError(f'scan must be "chunked" or "loop", not {self.scan!r}')
 
 
-def wide(x):
+def upcast(x):
     """x in float32 at least: bf16 cannot tell theta = 0.999 from 1."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -98,13 +98,13 @@ def route(x, layer):
     with torch.autocast(x.device.type, enabled=False):
         if layer.W_alpha.weight.is_floating_point():  # not so if it is quantised
             x = x.to(layer.W_alpha.weight.dtype)
-        logits = wide(layer.W_alpha(x)) / layer.config.tau
+        logits = upcast(layer.W_alpha(x)) / layer.config.tau
         rows = None
         if k < logits.shape[-1]:
             logits, rows = logits.topk(k, -1)  # eq. 12
         alpha = torch.softmax(logits, -1)  # eq. 4; eq. 13 too: the softmax of the k largest logits
-        eta = torch.sigmoid(wide(layer.w_eta(x)))  # eq. 5
-        mu = torch.sigmoid(wide(layer.w_mu(x)))  # eq. 6
+        eta = torch.sigmoid(upcast(layer.w_eta(x)))  # eq. 5
+        mu = torch.sigmoid(upcast(layer.w_mu(x)))  # eq. 6
         return eta * alpha, mu * alpha, rows  # eqs. 7, 8
 
 
@@ -118,8 +118,8 @@ def scan_loop(theta, phi, xbar, h0=None, eps=1e-5):
     h = initial_memory(theta, phi, xbar, h0)
     reads = []
     with torch.autocast(xbar.device.type, enabled=False):
-        tokens = zip(wide(theta).unbind(1), wide(phi).unbind(1), wide(xbar).unbind(1), strict=True)
-        for theta_t, phi_t, xbar_t in tokens:
+        inputs = (upcast(v).unbind(1) for v in (theta, phi, xbar))
+        for theta_t, phi_t, xbar_t in zip(*inputs, strict=True):
             h = (1 - theta_t)[..., None] * h + theta_t[..., None] * xbar_t[:, None]  # eq. 10
             rms = torch.sqrt(h.square().mean(-1, keepdim=True) + eps)
             reads.append(torch.einsum("bm,bmd->bd", phi_t, h / rms))  # eq. 11
@@ -131,12 +131,12 @@ def initial_memory(theta, phi, xbar, h0):
     B, T, m = theta.shape
     d = xbar.shape[-1]
     if h0 is None:
-        h0 = wide(xbar).new_zeros(B, m, d)
+        h0 = upcast(xbar).new_zeros(B, m, d)
     if T == 0 or phi.shape != (B, T, m) or xbar.shape != (B, T, d) or h0.shape != (B, m, d):
         shapes = ", ".join(str(tuple(v.shape)) for v in (theta, phi, xbar, h0))
         expected = "theta, phi [B, T, m], xbar [B, T, d] and h0 [B, m, d], T at least 1"
         raise ValueError(f"a scan takes {expected}, not {shapes}")
-    return h0.to(wide(xbar).dtype)
+    return h0.to(upcast(xbar).dtype)
 
 
 if not torch.cuda.is_available():  # for AMD's GPUs, which Triton serves too, it is true
@@ -214,7 +214,7 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
 
     with torch.autocast(xbar.device.type, enabled=False):
         x = chunks(xbar)  # [B, N, C, d]
-        x_wide = wide(x)
+        x_wide = upcast(x)
         theta = chunks(theta.to(x_wide.dtype))  # [B, N, C, m]
         phi = chunks(phi.to(x_wide.dtype))  # [B, N, C, m]
 
@@ -231,12 +231,12 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
 
         # The squared length of each row after each token.
         K = x_wide @ x_wide.mT  # [B, N, C, C] <xbar_t, xbar_s>
-        S = x_wide @ wide(H).mT  # [B, N, C, m] <xbar_t, H>
+        S = x_wide @ upcast(H).mT  # [B, N, C, m] <xbar_t, H>
         hx = decay * (S + K.tril().double() @ w)  # [B, N, C, m] <h_t, xbar_t>
         xx = K.diagonal(dim1=-2, dim2=-1)[..., None]  # [B, N, C, 1]
         change = theta * (2 * hx.to(theta.dtype) - theta * xx)  # [B, N, C, m]
         keep = (1 - theta).square()
-        n_H = wide(H).square().sum(-1)  # [B, N, m]
+        n_H = upcast(H).square().sum(-1)  # [B, N, m]
         n_before, _ = recurrence(
             keep.flatten(0, 1), change.flatten(0, 1)[..., None], n_H.flatten(0, 1)[..., None]
         )  # [B N, C, m, 1]
@@ -305,13 +305,13 @@ class FactorizationMemory(nn.Module):
         theta, phi, rows = route(x_t, self)  # [B, k]
         xbar = self.W_i(x_t)  # eq. 9  [B, d]
         if h is None:
-            h = wide(xbar).new_zeros(len(xbar), config.n_rows, config.d_memory)
+            h = upcast(xbar).new_zeros(len(xbar), config.n_rows, config.d_memory)
         h = h.to(theta.dtype)
         if rows is None:
             rows = torch.arange(config.n_rows, device=h.device).expand(len(h), -1)
         index = rows[..., None].expand(-1, -1, h.shape[-1])  # [B, k, d]
         with torch.autocast(xbar.device.type, enabled=False):
-            chosen = h.gather(1, index).lerp(wide(xbar)[:, None], theta[..., None])  # eq. 10
+            chosen = h.gather(1, index).lerp(upcast(xbar)[:, None], theta[..., None])  # eq. 10
             q = phi * torch.rsqrt(chosen.square().mean(-1) + config.norm_eps)  # [B, k]
             y_t = (q[:, None] @ chosen)[:, 0]  # eq. 11  [B, d]
         scatter = h.scatter if torch.is_grad_enabled() else h.scatter_
@@ -471,7 +471,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if temperature < 1e-6:
         return logits.argmax(-1)
-    logits = wide(logits) / temperature
+    logits = upcast(logits) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kept, index = logits.topk(top_k, -1)
         logits = torch.full_like(logits, -math.inf).scatter(-1, index, kept)

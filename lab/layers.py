@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fmem import FactorizationMemory, recurrence, scan_loop, wide
+from fmem import FactorizationMemory, recurrence, scan_loop, upcast
 
 
 def join(past, x, count):
@@ -111,7 +111,7 @@ class ExtendedMemory(FactorizationMemory):
         with torch.autocast(x.device.type, enabled=False):
             if self.W_alpha.weight.is_floating_point():  # not so if it is quantised
                 u = u.to(self.W_alpha.weight.dtype)
-            logits = wide(self.W_alpha(u))
+            logits = upcast(self.W_alpha(u))
             if self.shift is None:
                 alpha_read = self.affinity(logits)  # eq. 4
                 alpha_write = alpha_read
@@ -121,10 +121,10 @@ class ExtendedMemory(FactorizationMemory):
                 u = u[:, 1:]
                 alpha_read = self.affinity(logits[:, 1:])
                 alpha_write = self.affinity(shifted)
-            theta = torch.sigmoid(wide(self.w_eta(u))) * alpha_write  # eqs. 5, 7
-            phi = torch.sigmoid(wide(self.w_mu(u))) * alpha_read  # eqs. 6, 8
+            theta = torch.sigmoid(upcast(self.w_eta(u))) * alpha_write  # eqs. 5, 7
+            phi = torch.sigmoid(upcast(self.w_mu(u))) * alpha_read  # eqs. 6, 8
             if self.W_shared is not None:
-                rates = torch.sigmoid(wide(self.W_shared(u)))
+                rates = torch.sigmoid(upcast(self.W_shared(u)))
                 theta = torch.cat([theta, rates[..., :1]], -1)
                 phi = torch.cat([phi, rates[..., 1:]], -1)
         # eq. 9. An input of zeros is padding, which writes nothing, with a convolution's bias too.
@@ -139,7 +139,7 @@ class ExtendedMemory(FactorizationMemory):
         else:
             y, h = self.scan(theta, phi, xbar, h)
         if self.W_g is not None:
-            y = self.gate_norm(wide(y * F.silu(self.W_g(x))))
+            y = self.gate_norm(upcast(y * F.silu(self.W_g(x))))
         _, past = join(past, x, self.n_past)
         return self.W_o(y), (h, past)
 
@@ -171,7 +171,7 @@ def rotate(x, start, base=10000.0):
     positions = torch.arange(start, start + T, device=x.device, dtype=exact)
     exponents = torch.arange(0, D, 2, device=x.device, dtype=exact) / D
     angles = positions[:, None] * base**-exponents  # [T, D/2]
-    a, b = wide(x).chunk(2, -1)
+    a, b = upcast(x).chunk(2, -1)
     cos = angles.cos().to(a.dtype)
     sin = angles.sin().to(a.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -231,9 +231,9 @@ class Attention(nn.Module):
             cache = new
         elif in_place and n + T <= cache.shape[3]:
             cache[:, :, :, n : n + T] = new
-        else:  # steps leave room for half as many again, so that few of them copy the cache
-            room = new.new_zeros(*new.shape[:3], n // 2 if in_place else 0, self.D)
-            cache = torch.cat([cache[:, :, :, :n].to(new.dtype), new, room], 3)
+        else:  # steps leave space for half as many again, so that few of them copy the cache
+            spare = new.new_zeros(*new.shape[:3], n // 2 if in_place else 0, self.D)
+            cache = torch.cat([cache[:, :, :, :n].to(new.dtype), new, spare], 3)
         k, v = cache[:, :, :, : n + T].to(q.dtype)
         # Token t sees the cache up to itself. With an empty one, PyTorch has a fast way to say so.
         mask = None
@@ -295,10 +295,10 @@ class Mamba2(nn.Module):
         X, B, C = self.conv(u).split([self.H * self.P, self.N, self.N], -1)
         X = X.unflatten(-1, (self.H, self.P))
         with torch.autocast(x.device.type, enabled=False):
-            delta = F.softplus(wide(delta) + self.delta_bias)
+            delta = F.softplus(upcast(delta) + self.delta_bias)
             if S is None:
-                S = wide(X).new_zeros(len(x), self.H, self.P, self.N)
-            Y, S = scan_ssd(wide(X), delta, -wide(self.A_log).exp(), wide(B), wide(C), S)
+                S = upcast(X).new_zeros(len(x), self.H, self.P, self.N)
+            Y, S = scan_ssd(upcast(X), delta, -upcast(self.A_log).exp(), upcast(B), upcast(C), S)
             Y = (Y + self.D[:, None] * X).flatten(-2)
         return self.W_o(self.norm((Y * F.silu(z)).to(x.dtype))), (S, past)
 

@@ -29,20 +29,20 @@ MAIN = ("paper", "ours", "transformer", "transformer+conv", "mamba2")  # in the 
 
 def collect(done, group):
     """{(model, rate): {seed: line}} of a group, in the order of the file."""
-    found = defaultdict(dict)
+    groups = defaultdict(dict)
     for name, line in done.items():
         in_group, _, run = name.partition("/")
         if in_group == group:
             model, rate, seed = run.rsplit("_", 2)
-            found[model, rate][seed] = line
-    return found
+            groups[model, rate][seed] = line
+    return groups
 
 
 def values(lines, key):
     return [line["result"][key] for line in lines.values()]
 
 
-def spread(numbers, digits=3):
+def mean_std(numbers, digits=3):
     """Mean ± standard deviation, or the only number there is."""
     if not numbers:
         return ""
@@ -73,9 +73,9 @@ def language(done):
     for group in ("short", "extensions"):
         for (model, rate), lines in collect(done, group).items():
             nats = values(lines, "nats")
-            bits = spread(values(lines, "bits_per_byte"))
+            bits = mean_std(values(lines, "bits_per_byte"))
             parameters = f"{max(values(lines, 'parameters')):,}"
-            row = [label(model), parameters, rate, len(lines), spread(nats), bits]
+            row = [label(model), parameters, rate, len(lines), mean_std(nats), bits]
             rows.append((statistics.mean(nats), row))
     heads = ["model", "parameters", "rate", "seeds", "nats per token", "bits per byte"]
     return table(heads, [row for _, row in sorted(rows)])
@@ -87,7 +87,7 @@ def rates(done, group="rates", key="nats", digits=3):
     columns = GROUPS[group].rates
     rows = []
     for model in dict.fromkeys(model for model, _ in swept):
-        cells = [spread(values(swept.get((model, rate), {}), key), digits) for rate in columns]
+        cells = [mean_std(values(swept.get((model, rate), {}), key), digits) for rate in columns]
         rows.append([label(model), *cells])
     return table(["model", *columns], rows)
 
@@ -97,9 +97,9 @@ def ten(done):
     for (model, rate), lines in collect(done, "ten").items():
         nats = values(lines, "nats")
         losses = [loss for _, loss in next(iter(lines.values()))["result"]["validation"]]
-        large = spread(values(collect(done, "large").get((model, rate), {}), "nats"))
+        large = mean_std(values(collect(done, "large").get((model, rate), {}), "nats"))
         rise = f"{losses[-1] - min(losses):.3f}"
-        row = [label(model), rate, len(lines), spread(nats), rise, large]
+        row = [label(model), rate, len(lines), mean_std(nats), rise, large]
         rows.append((statistics.mean(nats), row))
     heads = ["model", "rate", "seeds", "nats per token", "rise", "3.6 million parameters"]
     return table(heads, [row for _, row in sorted(rows)])
@@ -124,7 +124,7 @@ def rows_of_memory(done):
     for m, k in SHAPES:
         cells = [groups.get((f"{name}m={m},k={k}", "8e-3"), {}) for name in ("", "shared,")]
         if any(cells):
-            rows.append([m, k, *(spread(values(lines, "nats")) for lines in cells)])
+            rows.append([m, k, *(mean_std(values(lines, "nats")) for lines in cells)])
     return table(["m", "k", "paper's layer", "with a shared row"], rows)
 
 
@@ -139,7 +139,7 @@ def shares(done, group, key):
                 if key in result:
                     right[result[key]].append(100 * result["right"])
         heads = [f"{hard:,}" for hard in right]
-        cells = [spread(numbers, 1) for numbers in right.values()]
+        cells = [mean_std(numbers, 1) for numbers in right.values()]
         rows.append([label(model), rate, len(lines), *cells])
     return table(["model", "rate", "seeds", *heads], rows)
 
