@@ -140,6 +140,7 @@ class FMemModel(FMemPreTrainedModel):
         output_hidden_states=None,
         return_dict=None,
         position_ids=None,
+        tokenizer=None,
         **unknown,
     ):
         """input_ids [B, T], or inputs_embeds [B, T, d_model] -> hidden states, and the state.
@@ -148,11 +149,10 @@ class FMemModel(FMemPreTrainedModel):
         Padding on the left leaves the memory empty, exactly. After a token, it makes rows decay: it
         comes too late for the outputs that count, but such a state should not be continued.
         cache, or past_key_values: the State that an earlier call returned; it is not changed.
-        position_ids are not needed. Raises ValueError for what the model does not know.
+        position_ids and tokenizer, which generate hands on, are not needed. Raises ValueError for
+        what the model does not know.
         """
-        refused = [
-            name for name, value in unknown.items() if value is not None and value is not False
-        ]
+        refused = [k for k, value in unknown.items() if value is not None and value is not False]
         if refused:
             raise ValueError(f"{type(self).__name__} does not accept {', '.join(refused)}")
         if (input_ids is None) == (inputs_embeds is None):
@@ -165,9 +165,7 @@ class FMemModel(FMemPreTrainedModel):
         elif not isinstance(state, State):
             raise ValueError(f"the state must be one that this model returned, not {type(state)}")
         elif (known := len(pytree.tree_leaves(state.layers)[0])) != B:
-            raise ValueError(
-                f"the state has {known} sequences, the input {B}: batch_repeat_interleave"
-            )
+            raise ValueError(f"the state has {known} sequences, the input {B}")
         if attention_mask is not None:  # zeros stay zeros in every block, and write zeros
             x = x * attention_mask[:, -T:, None].to(x.dtype)
         x = self.dropout(x)
