@@ -283,8 +283,7 @@ class FactorizationMemory(nn.Module):
         """The recurrence, as the config asks for it."""
         config = self.config
         inputs = theta, phi, xbar, h, config.norm_eps
-        lacks_float64 = xbar.device.type in ("mps", "xpu")  # all of Apple's, some of Intel's
-        if config.scan == "loop" or lacks_float64:
+        if config.scan == "loop" or xbar.device.type in ("mps", "xpu"):  # these lack float64
             return scan_loop(*inputs)
         if config.recompute:
             return checkpoint(scan_chunked, *inputs, use_reentrant=False, preserve_rng_state=False)

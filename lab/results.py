@@ -92,16 +92,22 @@ def rates(done, group="rates", key="nats", digits=3):
     return table(["model", *columns], rows)
 
 
+def rise(lines):
+    """How far the first run's loss on a part of the text ends above its lowest value."""
+    for line in lines.values():
+        losses = [loss for _, loss in line["result"]["validation"]]
+        return f"{losses[-1] - min(losses):.3f}"
+
+
 def ten(done):
     rows = []
     for (model, rate), lines in collect(done, "ten").items():
         nats = values(lines, "nats")
-        losses = [loss for _, loss in next(iter(lines.values()))["result"]["validation"]]
-        large = mean_std(values(collect(done, "large").get((model, rate), {}), "nats"))
-        rise = f"{losses[-1] - min(losses):.3f}"
-        row = [label(model), rate, len(lines), mean_std(nats), rise, large]
+        row = [label(model), rate, len(lines), mean_std(nats), rise(lines)]
+        large = collect(done, "large").get((model, rate), {})
+        row += [mean_std(values(large, "nats")), rise(large) or ""]
         rows.append((statistics.mean(nats), row))
-    heads = ["model", "rate", "seeds", "nats per token", "rise", "3.6 million parameters"]
+    heads = ["model", "rate", "seeds", "nats per token", "rise", "3.6 million parameters", "rise"]
     return table(heads, [row for _, row in sorted(rows)])
 
 
