@@ -360,8 +360,6 @@ def main(argv=None):
         parser.error(f"--tokens must be from 2 to {MOST_TOKENS}, not {args.tokens}")
     if not 0 <= args.generate <= MOST_TOKENS - 2:
         parser.error(f"--generate must be from 0 to {MOST_TOKENS - 2}, not {args.generate}")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
     try:
         out, data = look(args)
     except (ValueError, OSError, RuntimeError) as error:

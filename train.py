@@ -509,8 +509,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             say(f"resumed   after step {state.step}")
 
         # The log.
-        picture = out / "loss.png"
-        draws = first and (checkpoints(out) or not picture.exists())  # no picture of another's
+        draws = first and (checkpoints(out) or not (out / "loss.png").exists())  # or it is not ours
         replaced = checkpoints(out) if first and settings.overwrite else []  # at the first save
         columns = ("step", "tokens", "train_loss", "lr", "grad_norm", "skipped", "val_loss")
         columns = (*columns, *task.columns, "seconds")
@@ -634,7 +633,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             if task.tokenizer:
                 say(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
         if draws:
-            draw(state.log, picture)
+            draw(state.log, out / "loss.png")
         processes.leave()
         return last
 
