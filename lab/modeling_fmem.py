@@ -5,6 +5,7 @@ here is what joins the two sides: config, state (the library's cache), padding, 
 """
 
 import dataclasses
+import functools
 import warnings
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,9 @@ class State:
         self.layers = pytree.tree_map_only(Tensor, lambda part: part[beam_idx], self.layers)
 
     def batch_repeat_interleave(self, repeats):
-        """Each sequence `repeats` times, for as many continuations."""
-        self.layers = pytree.tree_map_only(
-            Tensor, lambda part: part.repeat_interleave(repeats, 0), self.layers
-        )
+        """A new State: each sequence `repeats` times, for as many continuations."""
+        layers = [part.repeat_interleave(repeats, 0) for part in pytree.tree_leaves(self.layers)]
+        return State(pytree.tree_unflatten(layers, pytree.tree_structure(self.layers)), self.length)
 
 
 pytree.register_pytree_node(
@@ -139,7 +139,6 @@ class FMemModel(FMemPreTrainedModel):
         use_cache=None,
         output_hidden_states=None,
         return_dict=None,
-        position_ids=None,
         tokenizer=None,
         **unknown,
     ):
@@ -149,8 +148,8 @@ class FMemModel(FMemPreTrainedModel):
         Padding on the left leaves the memory empty, exactly. After a token, it makes rows decay: it
         comes too late for the outputs that count, but such a state should not be continued.
         cache, or past_key_values: the State that an earlier call returned; it is not changed.
-        position_ids and tokenizer, which generate hands on, are not needed. Raises ValueError for
-        what the model does not know.
+        tokenizer, which generate hands on, is not needed. Raises ValueError for what the model does
+        not know.
         """
         refused = [k for k, value in unknown.items() if value is not None and value is not False]
         if refused:
@@ -201,7 +200,6 @@ class FMemForCausalLM(FMemPreTrainedModel, GenerationMixin):
         labels=None,
         logits_to_keep=0,
         num_items_in_batch=None,
-        shift_labels=None,
         return_dict=None,
         **options,
     ):
@@ -210,6 +208,7 @@ class FMemForCausalLM(FMemPreTrainedModel, GenerationMixin):
         logits_to_keep: of the last so many tokens, or of those at these indices. labels: -100 where
         there is no loss.
         """
+        shift_labels = options.pop("shift_labels", None)  # the Trainer takes a name here for labels
         base = self.model(input_ids, attention_mask, **options)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(base.last_hidden_state[:, kept])
@@ -222,9 +221,18 @@ class FMemForCausalLM(FMemPreTrainedModel, GenerationMixin):
             output[STATE] = base[STATE]
         return output.to_tuple() if return_dict is False else output
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads its signature
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        count = kwargs.get("next_sequence_length")
+        if count is not None and count < 1:
+            raise ValueError("generate takes all tokens so far, more than the state has read")
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
 
 class FMemForSequenceClassification(Classifier, FMemPreTrainedModel):
     """A linear layer over the last token that is not padding."""
+
+    accepts_loss_kwargs = False
 
 
 AutoModel.register(FMemHFConfig, FMemModel, exist_ok=True)

@@ -140,9 +140,11 @@ def test_what_the_library_offers(exported, transformers, tmp_path):
     assert len(output.hidden_states) == theirs.config.num_hidden_layers + 1
     assert torch.equal(theirs.lm_head(output.hidden_states[-1]), output.logits)
     state = theirs(tokens[:1, :5]).to_tuple()[-1]
-    state.batch_repeat_interleave(2)
-    both = theirs(tokens[:1, 5:].expand(2, -1), cache=state).logits
+    both = theirs(tokens[:1, 5:].expand(2, -1), cache=state.batch_repeat_interleave(2)).logits
     torch.testing.assert_close(both, output.logits[:1, 5:].expand(2, -1, -1), atol=1e-5, rtol=0)
+
+    with pytest.raises(ValueError, match="all tokens so far"):
+        theirs.generate(tokens[:1, :5], cache=state, max_new_tokens=2)
 
     theirs.resize_token_embeddings(310)
     theirs.save_pretrained(tmp_path)
