@@ -319,10 +319,9 @@ class FactorizationMemory(nn.Module):
     def init_weights(self, init, branch_scale):
         """init(weight, scale) draws a matrix with standard deviation scale / sqrt(inputs).
 
-        branch_scale is for matrices that write to the residual stream. The input of W_alpha has
-        unit RMS, so its logits start with standard deviation alpha_std at any width and tau. With
-        logits of 0, all rows would collect the same average, and diverge only slowly. eta and mu
-        start at 1/2.
+        branch_scale is for matrices that write to the residual stream. W_alpha's input has unit
+        RMS, so its logits start with standard deviation alpha_std at any width and tau. With logits
+        of 0, all rows would collect the same average, and diverge slowly. eta, mu start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
@@ -363,9 +362,8 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x))), state
 
     def init_weights(self, n_layer):
-        """Each matrix with standard deviation 1 / sqrt(inputs) or as its layer says; those that
-        write to the residual stream, of which a model has 2 n_layer, get a further
-        1 / sqrt(2 n_layer).
+        """Draws each matrix with standard deviation 1 / sqrt(inputs), or as its layer says; for the
+        2 n_layer that write to the residual stream, times 1 / sqrt(2 n_layer).
         """
 
         def init(weight, scale=1.0):

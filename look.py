@@ -364,8 +364,6 @@ def main(argv=None):
         out, data = look(args)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"look.py: error: {tokenizer.one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     size = f"{len(data['tokens'])} tokens, {len(data['layers'])} layers"
     print(tokenizer.printable(f"{out}: {size}; open it in a browser"))
 

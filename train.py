@@ -621,9 +621,8 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
         command += f" --resume --out {shlex.quote(str(out))}" + " --fsdp" * processes.fsdp
         again = f"{launcher} {command}"
         if failed:
-            raise ValueError(
-                f"{not_finite} steps in a row were not finite; try {again} --lr {settings.lr / 3}"
-            )
+            reason = f"{not_finite} steps in a row were not finite"
+            raise ValueError(f"{reason}; try {again} --lr {settings.lr / 3}")
         if stop:
             say(f"stopped   after step {state.step}, saved; to continue: {again}")
         else:

@@ -43,12 +43,9 @@ LEARNED_BYTES = 2**25  # of text for the tokenizer to learn from, evenly out of 
 def load(folder):
     """A prepared folder -> (train, val, tokenizer fields, meta); train, val: np.memmap [tokens].
 
-    Raises ValueError, one line that names the command to run, if anything is missing or damaged.
+    Raises ValueError, one line, if anything is missing or damaged.
     """
     folder = Path(folder)
-    command = "python data/prepare.py"
-    if folder.resolve() != DEFAULT:
-        command += f" --out {shlex.quote(str(folder))} --input ..."
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta.pop("crc32") != checksum(folder, meta):
@@ -56,9 +53,8 @@ def load(folder):
         train = np.memmap(folder / "train.bin", dtype=meta["dtype"], mode="r")
         val = np.memmap(folder / "val.bin", dtype=meta["dtype"], mode="r")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        reason = f"{type(e).__name__}: {one_line(e)}"
-        message = f"{folder} is not a prepared folder ({reason}); --data DIR, or run: {command}"
-        raise ValueError(message) from None
+        reason = f"{folder} is not a prepared folder: {one_line(e)}"
+        raise ValueError(f"{reason}; name one with --data, data/prepare.py makes it") from None
     return train, val, meta.pop("tokenizer"), meta
 
 

@@ -65,6 +65,7 @@ MODELS = {
 RECALL_MODELS = {
     **MODELS,
     "paper+shift": "--shift",
+    "paper+conv": "--conv 4",
     "transformer": "--layer attention --n_head 4",
     "transformer+conv": "--layer attention --n_head 4 --conv 4",
 }
@@ -75,7 +76,7 @@ EXTENSIONS = {
     for names in itertools.combinations(CHANGES, n)
 }
 WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
-SHAPES = [(4, 1), (4, 4), (16, 4), (32, 8), (64, 4), (64, 16), (256, 4), (256, 64)]
+SHAPES = [(4, 1), (16, 4), (32, 8), (64, 4), (64, 16), (256, 64)]
 ROWS = {f"m={m},k={k}": f"--n_rows {m} --k_rows {k}" for m, k in SHAPES}
 SHARED = {f"shared,m={m},k={k}": f"--shared_row --n_rows {m + 1} --k_rows {k}" for m, k in SHAPES}
 LIMITS = {f"{n}-seconds": f"--seconds {n}" for n in (100, 300, 900)}

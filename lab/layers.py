@@ -127,8 +127,8 @@ class ExtendedMemory(FactorizationMemory):
                 rates = torch.sigmoid(upcast(self.W_shared(u)))
                 theta = torch.cat([theta, rates[..., :1]], -1)
                 phi = torch.cat([phi, rates[..., 1:]], -1)
-        # eq. 9. An input of zeros is padding, which writes nothing, with a convolution's bias too.
-        return theta, phi, self.W_i(u) * x.any(-1, keepdim=True)
+        xbar = self.W_i(u) * x.any(-1, keepdim=True)  # eq. 9; an input of zeros, padding, writes 0
+        return theta, phi, xbar
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> y [B, T, d_model], state after x. The state given is not changed."""

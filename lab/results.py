@@ -188,14 +188,14 @@ def speed(done, bench, beside):
     """Times by context, as multiples of that of the model `beside`; and the largest state."""
     lines = (RUNS.parent / "bench.jsonl").read_text(encoding="utf-8").splitlines() if done else []
     lines = [line for line in map(json.loads, lines) if line["bench"] == bench]
+    sized = "state_bytes" in str(lines)
     rows = []
     for model in MAIN if lines else []:
         row = [label(model)]
         row += [f"{line['seconds'][model] / line['seconds'][beside]:.2f}" for line in lines]
-        sizes = lines[-1].get("state_bytes", {})
-        rows.append([*row, f"{sizes[model]:,}" if sizes else ""])
-    contexts = [f"{line['context']:,}" for line in lines]
-    return table(["model", *contexts, "bytes of the last state"], rows)
+        rows.append(row + [f"{line['state_bytes'][model]:,}" for line in lines[-1:] if sized])
+    heads = ["model", *(f"{line['context']:,}" for line in lines), "bytes of the last state"]
+    return table(heads[: len(lines) + 1 + sized], rows)
 
 
 TABLES = {

@@ -135,7 +135,7 @@ def test_the_last_tenth_of_the_text_validates_but_at_most_so_much(tmp_path, monk
         assert low < meta["val"]["bytes"] / len(text) < high
 
 
-def test_load_notices_damage_in_one_line_that_names_the_command(corpus, tmp_path):
+def test_load_notices_damage_in_one_line(corpus, tmp_path):
     folder = tmp_path / "my data"
     for name in prepare.FILES:
         content = (corpus / name).read_bytes()
@@ -144,8 +144,7 @@ def test_load_notices_damage_in_one_line_that_names_the_command(corpus, tmp_path
         for damaged in (flipped, content[:-2], b""):
             shutil.copytree(corpus, folder, dirs_exist_ok=True)
             (folder / name).write_bytes(damaged)
-            command = f"run: .*--out {re.escape(shlex.quote(str(folder)))}"
-            with pytest.raises(ValueError, match=rf"\A.*{command}.*\Z"):
+            with pytest.raises(ValueError, match=r"\A.*my data is not a prepared folder.*\Z"):
                 prepare.load(folder)
 
 

@@ -293,6 +293,6 @@ def test_the_suite_of_the_library(transformers, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if "FAILED" in line or " passed" in line]
-    print("\n".join(lines) or done.stdout + done.stderr)
+    print(done.stdout[-5000:])
     failed = [line for line in lines[:-1] if "test_generation_tester_mixin_inheritance" not in line]
     assert failed == [] and " passed" in lines[-1]
