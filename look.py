@@ -242,7 +242,6 @@ def passage(fields, folder, n):
     They start after an empty line, if there is one near. fields: the tokenizer that the folder must
     have. Raises ValueError, OSError.
     """
-    folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokens = np.memmap(folder / "val.bin", dtype=meta["dtype"], mode="r")
@@ -284,7 +283,7 @@ def text_and_words(saved, args):
     words = [visible(piece) for piece in tokenizer.token_bytes(encoding)]
     words[encoding.eot_token] = tokenizer.EOT
     if args.prompt is None:
-        folder = args.data or saved["settings"]["data"]
+        folder = Path(args.data or saved["settings"]["data"])
         return passage(saved["tokenizer"], folder, args.tokens or PASSAGE), words
     text = tokenizer.encode(encoding, read_prompt(args.prompt))
     return [encoding.eot_token, *text.tolist()], words

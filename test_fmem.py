@@ -443,12 +443,17 @@ def test_load_says_what_is_wrong_in_one_line(tmp_path):
 
 
 def test_fmem_alone(tmp_path):
-    """Copied into an empty folder, fmem.py needs torch alone: it trains, generates and steps."""
+    """Copied into an empty folder it needs torch alone; with a GPU, no kernel.py but its own."""
     shutil.copy(HERE / "fmem.py", tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/kernel.py").touch()
     code = """
 import sys, torch
-sys.modules.update(dict.fromkeys(("triton", "tiktoken", "numpy", "kernel")))  # cannot be imported
+torch.cuda.is_available = lambda: True
+sys.path.append("other")
+sys.modules.update(dict.fromkeys(("triton", "tiktoken", "numpy")))  # cannot be imported
 import fmem
+assert "kernel" in sys.modules and fmem.kernel is None
 model = fmem.FMem(fmem.FMemConfig(vocab_size=50, n_layer=1, d_model=32, n_rows=8, k_rows=2))
 tokens = torch.arange(40)[None]
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -618,8 +618,8 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
 
         # The end.
         launcher = f"torchrun --nproc_per_node {processes.world}" if processes.joined else "python"
-        command += f" --resume --out {shlex.quote(str(out))}" + " --fsdp" * processes.fsdp
-        again = f"{launcher} {command}"
+        fsdp = " --fsdp" * processes.fsdp
+        again = f"{launcher} {command} --resume{fsdp} --out {shlex.quote(str(out))}"
         if failed:
             reason = f"{not_finite} steps in a row were not finite"
             raise ValueError(f"{reason}; try {again} --lr {settings.lr / 3}")

@@ -187,9 +187,7 @@ def main(argv=None):
     names = [*GROUPS, *EVALUATIONS]
     parser = argparse.ArgumentParser(prog="lab.experiments", description="Run experiments.")
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(names))
-    parser.add_argument(
-        "--list", action="store_true", help="print all runs, done or missing; run none"
-    )
+    parser.add_argument("--list", action="store_true", help="print the runs, done or missing")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.groups if name not in names]:
         parser.error(f"there is no group {unknown[0]!r}; --help lists them")

@@ -99,9 +99,8 @@ class FMemPreTrainedModel(PreTrainedModel):
         """For weights that a checkpoint lacks; transformers guards those that it has. It calls this
         for modules with weights of their own, so a block is drawn when one of its parts is.
         """
-        blocks = [block for block in self.modules() if isinstance(block, FMemBlock)]
-        for block in blocks:
-            if module in block.modules():
+        for block in self.modules():
+            if isinstance(block, FMemBlock) and module in block.modules():
                 block.init_weights(self.config.n_layer)
         heads = [getattr(self, name, None) for name in ("lm_head", "score")]
         if isinstance(module, nn.RMSNorm):
