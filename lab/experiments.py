@@ -129,9 +129,10 @@ def runs_of(name, done):
     runs = {}
     if name in EVALUATIONS:
         trained, options = EVALUATIONS[name]
-        for run_name in runs_of(trained, done):
-            command = f"python -m lab.evaluate {OUT}/{run_name}/last.pt {options}"
-            runs[run_name.replace(trained, name, 1)] = command
+        for run_name, training in runs_of(trained, done).items():
+            if name != "routing" or "--layer" not in training:  # other layers have no rows
+                command = f"python -m lab.evaluate {OUT}/{run_name}/last.pt {options}"
+                runs[run_name.replace(trained, name, 1)] = command
         return runs
     group = GROUPS[name]
     for model, options in group.models.items():

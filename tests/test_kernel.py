@@ -48,9 +48,8 @@ def test_kernel_dtypes(types):
     assert last.dtype == torch.float32
     want_before, want_last = loop_recurrence(*(v.detach().cpu().double() for v in leaves))
     assert error(last.cpu(), want_last) < FLOAT32_ERROR
-    assert error(before.cpu(), want_before) < (
-        4e-3 if types[1] == torch.bfloat16 else FLOAT32_ERROR
-    )
+    bound = 4e-3 if types[1] == torch.bfloat16 else FLOAT32_ERROR
+    assert error(before.cpu(), want_before) < bound
     gradients = torch.autograd.grad(before.float().sum() + last.sum(), leaves)
     assert [g.dtype for g in gradients] == list(types)
 

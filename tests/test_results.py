@@ -64,6 +64,7 @@ def test_page_is_what_the_raw_lines_say():
     page = results.PAGE.read_text(encoding="utf-8")
     assert results.fill(page, experiments.read_runs()) == page
     assert "| " not in results.fill(page, {})
+    assert "mamba2" not in str(experiments.runs_of("routing", experiments.read_runs()))  # no rows
     for name in ("README.md", "docs/memory.md"):
         text = (experiments.ROOT / name).read_text(encoding="utf-8")
         losses = re.findall(r"(?<![\d.])[234]\.\d{3}(?!\d)", text)
