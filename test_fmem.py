@@ -447,11 +447,11 @@ def test_fmem_alone(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/kernel.py").touch()
     code = """
-import sys, torch
-torch.cuda.is_available = lambda: True
+import sys, torch, unittest.mock
 sys.path.append("other")
 sys.modules.update(dict.fromkeys(("triton", "tiktoken", "numpy")))  # cannot be imported
-import fmem
+with unittest.mock.patch("torch.cuda.is_available", lambda: True):
+    import fmem
 assert "kernel" in sys.modules and fmem.kernel is None
 model = fmem.FMem(fmem.FMemConfig(vocab_size=50, n_layer=1, d_model=32, n_rows=8, k_rows=2))
 tokens = torch.arange(40)[None]
