@@ -190,7 +190,7 @@ def pieces_of(documents, size):
     Where a document has no split, it is train, and val in the last tenth of all `size` bytes.
     """
     border = size - min(size / 10, HELD_OUT_BYTES)
-    longest = min(max(size // 100, 100), bpe.PIECE)  # short, or the border would not be met
+    longest = min(max(size // 1000, 100), bpe.PIECE)  # short, so that the border is met closely
     done = 0
     for given, text in documents:
         split = given or "train"

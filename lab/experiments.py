@@ -51,7 +51,11 @@ RECALL = f"{TRAIN} --n_layer 2 --d_model 64 --n_rows 64 --k_rows 16"
 MQAR = f"{RECALL} --data mqar --context 64 --batch_size 32 --eval_every 400"
 MQAR256 = f"{RECALL} --data mqar --context 256 --batch_size 8 --max_steps 4800 --eval_every 800"
 PASSKEY = f"{RECALL} --data passkey --context 256 --batch_size 8 --max_steps 600"
-TINY = "python train.py --preset cpu --data data/tinyshakespeare --max_steps 600 --eval_every 100"
+TINY = "python train.py --preset cpu --data data/tinyshakespeare --max_steps 5000 --eval_every 100"
+CHARACTERS = (  # the shape of nanoGPT's run on a laptop
+    "python train.py --preset cpu --data data/characters --n_layer 4 --d_model 128 --context 64 "
+    "--batch_size 12 --max_steps 2000"
+)
 
 CHANGES = {"shared": "--shared_row", "shift": "--shift", "conv": "--conv 4", "gate": "--gate"}
 MODELS = {
@@ -79,7 +83,12 @@ WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
 SHAPES = [(4, 1), (16, 4), (32, 8), (64, 4), (64, 16), (256, 64)]
 ROWS = {f"m={m},k={k}": f"--n_rows {m} --k_rows {k}" for m, k in SHAPES}
 SHARED = {f"shared,m={m},k={k}": f"--shared_row --n_rows {m + 1} --k_rows {k}" for m, k in SHAPES}
-LIMITS = {f"{n}-seconds": f"--seconds {n}" for n in (100, 300, 900)}
+LIMITS = {
+    "100-seconds": "--seconds 100",
+    "300-seconds": "--seconds 300",
+    "900-seconds": "--seconds 900",
+    "900-seconds,dropout": "--seconds 900 --dropout 0.1",
+}
 RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = ("1337", "1", "2")
 
@@ -97,6 +106,9 @@ GROUPS = {
     "default": Group("python train.py --preset cpu", {"default": ""}, ("4e-3",), SEEDS),
     # after python data/prepare.py --input tinyshakespeare.txt --out data/tinyshakespeare
     "tinyshakespeare": Group(TINY, LIMITS, ("4e-3",), SEEDS),
+    # after the same with --vocab_size 256 and --out data/characters
+    "character-rates": Group(CHARACTERS, {"memory": ""}, RATES, SEEDS[:1]),
+    "characters": Group(CHARACTERS, {"memory": ""}, "character-rates", SEEDS),
 }
 
 # The group whose last checkpoints are evaluated, and the options of lab.evaluate.
