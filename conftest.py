@@ -1,4 +1,4 @@
-"""What the tests share: a small prepared corpus, a small finished run, the same random numbers."""
+"""Shared by the tests: a small prepared corpus, a small finished run, a fixed random seed."""
 
 import os
 import random
@@ -15,7 +15,7 @@ SENTENCE = "the river of a king runs to sea and in it his ship was lost, so said
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow too")
+    parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -27,12 +27,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """The same random numbers in a test whether it runs alone or after others."""
+    """A test gets the same random numbers whether it runs alone or after others."""
     torch.manual_seed(0)
 
 
 def words(count, seed):
-    """A text of so many words out of SENTENCE."""
+    """A text of `count` random words from SENTENCE."""
     rng = random.Random(seed)
     choices = SENTENCE.split()
     return " ".join(rng.choice(choices) + rng.choice(["", "", ",", ".\n"]) for _ in range(count))
@@ -51,7 +51,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(corpus):
-    """Settings of a run that takes a second."""
+    """Settings for a run that takes a second."""
     return {
         "data": str(corpus),
         "device": "cpu",

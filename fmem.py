@@ -1,11 +1,11 @@
 """Factorization Memory: a recurrent language model whose state is a small table of memory rows.
 
-The method is that of L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language Modeling With
-Factorization Memory", arXiv 2511.00315 (2025). Each layer keeps a memory h of m rows. A token with
-input x belongs to each row to some degree (alpha). Row i moves a fraction theta[i] of the way to a
-vector xbar, the same for every row; what is read is a mixture of the rows, each scaled to unit RMS.
-In the sparse form a token writes to and reads from the k rows with the largest alpha; all others
-keep their value exactly. The state has a fixed size: a token costs the same after any context.
+The method comes from L. Xiong, M. Tkachenko, J. Effendi and T. Cai, "Language Modeling With
+Factorization Memory", arXiv 2511.00315 (2025). Each layer keeps a memory h with m rows. A token
+with input x has an affinity alpha[i] for each row i. It moves row i a fraction theta[i] of the way
+to a vector xbar, the same for every row. It reads a mixture of the rows, each scaled to unit RMS.
+In the sparse variant, it writes and reads only the k rows with the largest alpha; all others keep
+their exact values. The state has a fixed size, so a token costs the same at any context length.
 
     B sequences of T tokens, m rows, k rows per token, d = d_memory
 
@@ -15,21 +15,21 @@ keep their value exactly. The state has a fixed size: a token costs the same aft
     mu      6    B T 1    sigmoid(w_mu . x)              merge rate: how much it reads
     theta   7    B T m    eta alpha                      update (write) weights, in [0, 1]
     phi     8    B T m    mu alpha                       merge (read) weights, in [0, 1]
-    xbar    9    B T d    W_i x                          what is written, the same for every row
+    xbar    9    B T d    W_i x                          the vector written, the same for all rows
     h       10   B m d    (1 - theta) h + theta xbar     the memory, or state; starts as zeros
-    y       11   B T d    sum_i phi[i] h[i] / rms(h[i])  the read, after the write; then W_o
-    gamma   12   B T m    1 for the k largest alpha, else 0; with it alpha in 7 and 8 becomes
+    y       11   B T d    sum_i phi[i] h[i] / rms(h[i])  the read, after the write; W_o follows
+    gamma   12   B T m    1 for the k largest alpha, else 0; alpha in eqs. 7 and 8 is replaced by
             13            gamma alpha / sum(gamma alpha)
 
-It is a gated linear attention with m rows, in which keys and queries are the same softmax gates,
-every row is written the same vector, and the read normalises each row. Or: a minGRU with m rows
-that share one candidate.
+This is gated linear attention with m rows: keys and queries are the same softmax gates, every row
+receives the same vector, and the read normalises each row. It is also a minGRU with m rows that
+share one candidate.
 
-The file is the whole model, in reading order: config, routing, the recurrence as a loop over the
-tokens (`scan_loop`, the definition) and in matrix products (`scan_chunked`, what runs), layer,
-block, model, sampling, loading. It needs only torch. On a GPU the serial part of the scan,
-`recurrence`, is the Triton kernel of kernel.py. Not in the paper, so our choice: how the weights
-and the memory start (init_weights; zeros), and the row norm (1e-5, and no gain).
+This file is the whole model, in reading order: config, routing, recurrence, layer, block, model,
+sampling, loading. `scan_loop` defines the recurrence token by token; `scan_chunked` computes it
+with matrix products. The file needs only torch. On a GPU, the serial part of the scan,
+`recurrence`, is the Triton kernel in kernel.py. The paper does not specify how the weights and the
+memory start: init_weights and zeros are our choice. So are the row norm's 1e-5 and missing gain.
 """
 
 import importlib
@@ -47,22 +47,22 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class FMemConfig:
-    """The hyperparameters of a model. Raises ValueError, naming an invalid one."""
+    """The hyperparameters of a model. Raises a ValueError that names an invalid one."""
 
     vocab_size: int = 1025  # size of the vocabulary
-    n_layer: int = 4  # blocks of memory and MLP
+    n_layer: int = 4  # number of blocks, each a memory and an MLP
     d_model: int = 256  # width of the residual stream
     d_memory: int | None = None  # d, width of a memory row; None: d_model
-    n_rows: int = 64  # m, rows of the memory
-    k_rows: int | None = 16  # k, rows that a token writes to and reads from; None: all, dense
+    n_rows: int = 64  # m, number of memory rows
+    k_rows: int | None = 16  # k, rows that a token writes and reads; None: all (dense)
     tau: float = 0.25  # temperature of the affinity
-    alpha_std: float = 1.0  # standard deviation of the affinity's logits (after tau) at the start
-    d_mlp: int | None = None  # width of the MLP; None: 8/3 d_model, rounded up to a multiple of 32
-    dropout: float = 0.0  # on the embedding and on what each branch adds, in training only
+    alpha_std: float = 1.0  # initial standard deviation of the affinity logits, after tau
+    d_mlp: int | None = None  # MLP width; None: 8/3 d_model, rounded up to a multiple of 32
+    dropout: float = 0.0  # on the embedding and each branch's output, in training only
     tie_embeddings: bool = True  # the output layer shares the embedding's weights
-    norm_eps: float = 1e-5  # added to the mean square in every RMS norm, that of eq. 11 included
-    scan: str = "chunked"  # "chunked", or "loop", the definition, which is slow
-    recompute: bool = False  # to save memory, run the scan again in the backward pass
+    norm_eps: float = 1e-5  # added to the mean square in every RMS norm, including eq. 11
+    scan: str = "chunked"  # "chunked", or "loop" (the definition, slow)
+    recompute: bool = False  # recompute the scan in the backward pass, to save memory
 
     def __post_init__(self):
         self.d_memory = self.d_model if self.d_memory is None else self.d_memory
@@ -71,12 +71,12 @@ class FMemConfig:
         for name in ("vocab_size", "n_layer", "d_model", "d_memory", "n_rows", "k_rows", "d_mlp"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
         if self.k_rows > self.n_rows:
             raise ValueError(f"k_rows must be at most n_rows ({self.n_rows}), not {self.k_rows}")
         for name in ("tau", "norm_eps", "alpha_std"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scan not in ("chunked", "loop"):
@@ -84,36 +84,36 @@ class FMemConfig:
 
 
 def upcast(x):
-    """x in float32 at least: bf16 cannot tell theta = 0.999 from 1."""
+    """Cast x to at least float32: bf16 cannot tell theta = 0.999 from 1."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def route(x, layer):
-    """Which rows a token uses, how much it writes to and reads from each: eqs. 4 to 8, 12, 13.
+    """Route each token: its rows, and its write and read weights for them (eqs. 4 to 8, 12, 13).
 
     x [..., d_model]; layer has W_alpha, w_eta, w_mu and config. Returns theta and phi [..., k] and
-    the indices of their rows [..., k]. In the dense form (k = m) the indices are None: all rows.
+    the indices of their rows [..., k]. If k = m (dense), the indices are None, meaning all rows.
     """
     k = layer.config.k_rows
     with torch.autocast(x.device.type, enabled=False):
-        if layer.W_alpha.weight.is_floating_point():  # not so if it is quantised
+        if layer.W_alpha.weight.is_floating_point():  # false if it is quantised
             x = x.to(layer.W_alpha.weight.dtype)
         logits = upcast(layer.W_alpha(x)) / layer.config.tau
         rows = None
         if k < logits.shape[-1]:
             logits, rows = logits.topk(k, -1)  # eq. 12
-        alpha = torch.softmax(logits, -1)  # eq. 4; eq. 13 too: the softmax of the k largest logits
+        alpha = torch.softmax(logits, -1)  # eq. 4; over the k largest logits, also eq. 13
         eta = torch.sigmoid(upcast(layer.w_eta(x)))  # eq. 5
         mu = torch.sigmoid(upcast(layer.w_mu(x)))  # eq. 6
         return eta * alpha, mu * alpha, rows  # eqs. 7, 8
 
 
 def scan_loop(theta, phi, xbar, h0=None, eps=1e-5):
-    """The memory, token by token: eqs. 10 and 11 without W_o. The definition of all that follows.
+    """The definition of the scan: eqs. 10 and 11, token by token, without W_o.
 
     theta, phi [B, T, m] in [0, 1]; xbar [B, T, d]; h0 [B, m, d], or None for zeros.
     Returns y [B, T, d] in xbar's dtype, and the memory after the last token [B, m, d] in float32
-    (float64 if xbar is). Raises ValueError for shapes that do not fit.
+    (float64 if xbar is float64). Raises ValueError if the shapes do not match.
     """
     h = initial_memory(theta, phi, xbar, h0)
     reads = []
@@ -127,19 +127,19 @@ def scan_loop(theta, phi, xbar, h0=None, eps=1e-5):
 
 
 def initial_memory(theta, phi, xbar, h0):
-    """Checks the shapes of a scan (ValueError). Returns h0, zeros for None, in float32 at least."""
+    """Check the shapes (ValueError). Returns h0, or zeros if it is None, in at least float32."""
     B, T, m = theta.shape
     d = xbar.shape[-1]
     if h0 is None:
         h0 = upcast(xbar).new_zeros(B, m, d)
     if T == 0 or phi.shape != (B, T, m) or xbar.shape != (B, T, d) or h0.shape != (B, m, d):
         shapes = ", ".join(str(tuple(v.shape)) for v in (theta, phi, xbar, h0))
-        expected = "theta, phi [B, T, m], xbar [B, T, d] and h0 [B, m, d], T at least 1"
+        expected = "theta, phi [B, T, m], xbar [B, T, d] and h0 [B, m, d] with T at least 1"
         raise ValueError(f"a scan takes {expected}, not {shapes}")
     return h0.to(upcast(xbar).dtype)
 
 
-if not torch.cuda.is_available():  # for AMD's GPUs, which Triton serves too, it is true
+if not torch.cuda.is_available():  # is_available() is also true for AMD GPUs, which Triton supports
     kernel = None
 else:
     try:
@@ -148,17 +148,17 @@ else:
         else:
             import kernel
         if Path(kernel.__file__ or "").resolve().parent != Path(__file__).resolve().parent:
-            raise ImportError(f"{kernel} is another module of this name")
-    except Exception as error:  # no Triton, or one that does not work here
+            raise ImportError(f"{kernel} is another module named kernel")
+    except Exception as error:  # Triton is missing or does not work here
         kernel = None
-        warnings.warn(f"without kernel.py the recurrence is a slow loop: {error}", stacklevel=2)
+        warnings.warn(f"cannot use kernel.py, running a slow loop instead: {error}", stacklevel=2)
 
 
 def recurrence(keep, write, first):
-    """s_t = keep_t s_{t-1} + write_t, from s_0 = first: the only part of the scan that is serial.
+    """s_t = keep_t s_{t-1} + write_t, from s_0 = first. This is the only serial part of the scan.
 
-    keep [G, T, m], write [G, T, m, d], first [G, m, d]. Returns the s BEFORE each step [G, T, m, d]
-    in write's dtype, and the one after the last [G, m, d] in float32 (float64 if first is).
+    keep [G, T, m], write [G, T, m, d], first [G, m, d]. Returns s BEFORE each step [G, T, m, d] in
+    write's dtype, and s after the last step [G, m, d] in float32 (float64 if first is float64).
     """
     if kernel is not None and write.is_cuda:
         return kernel.recurrence(keep, write, first)
@@ -170,68 +170,68 @@ def recurrence(keep, write, first):
     return torch.stack(before, 1).to(write.dtype), s
 
 
-TINY = 1e-8  # a row keeps at least this share of itself, so that its logarithm is finite
-CHUNK = 32  # tokens per chunk; more would overflow float64 where every theta is 1: TINY ** CHUNK
+TINY = 1e-8  # a row keeps at least this fraction of its value, so log(1 - theta) stays finite
+CHUNK = 32  # tokens per chunk; exp(-G) can reach TINY ** -CHUNK, and more would overflow float64
 
 
 def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
-    """`scan_loop` in matrix products, CHUNK tokens at a time: same arguments, results, gradients.
+    """`scan_loop` as matrix products, CHUNK tokens at a time. Same arguments, results, gradients.
 
     Let H be the memory before a chunk, and G_t the sum of log(1 - theta) over the chunk's tokens up
-    to t. Since eq. 10 is linear in h, it is linear attention inside the chunk, with keys w and a
+    to t. Eq. 10 is linear in h. Inside a chunk it is therefore linear attention, with keys w and a
     decay:
 
         decay_t = exp(G_t)    w_s = theta_s exp(-G_s)    h_t = decay_t (H + sum_{s<=t} w_s xbar_s)
 
-    The norm in eq. 11 is not linear. But all that it needs of a row is its squared length n_t, and
-    that has a recurrence of its own, made of inner products that are known before any h_t is:
+    The norm in eq. 11 is not linear, but it needs only the squared norm n_t of each row. n_t has
+    its own recurrence. The inner products in it can be computed before any h_t is known:
 
         <h_t, xbar_t> = decay_t (<H, xbar_t> + sum_{s<=t} w_s <xbar_s, xbar_t>)
         n_t = (1 - theta_t)^2 n_{t-1} + theta_t (2 <h_t, xbar_t> - theta_t <xbar_t, xbar_t>)
 
-    With q_t = phi_t / sqrt(n_t / d + eps) the read is linear again:
+    With q_t = phi_t / sqrt(n_t / d + eps), the read is linear again:
 
         y_t = sum_i q_t[i] decay_t[i] H[i] + sum_{s<=t} (sum_i q_t[i] decay_t[i] w_s[i]) xbar_s
 
-    Only H, from chunk to chunk, and n_t, inside a chunk, are serial: `recurrence`, twice.
+    Only H (across chunks) and n_t (inside a chunk) are serial. Each is one call of `recurrence`.
 
-    G, decay, w and their products are float64: exp(G) and exp(-G) must neither overflow nor lose
-    digits. They do not grow with d. A theta of 1 erases a row, and log(1 - theta) would be -inf, so
-    a row keeps a share of TINY; a chunk of such tokens leaves 1e-256. Results and gradients are
-    accurate to 3e-7 in float32, for theta of 0 and 1 too; in float64 TINY shows, at 2e-8. That is
-    for rows and inputs of similar size: fewer digits are left of a row whose writes almost cancel,
-    or which follows an erased one of 1e4 times its size.
+    G, decay, w and their products are float64, so that exp(G) and exp(-G) neither overflow nor lose
+    digits. Their size does not grow with d. A theta of 1 erases a row, and log(1 - theta) would be
+    -inf. So a row keeps at least the fraction TINY, and a chunk of such tokens leaves 1e-256.
+    Results and gradients are accurate to 3e-7 in float32, even if theta is 0 or 1. In float64 the
+    error is 2e-8, due to TINY. Both hold for rows and inputs of similar size. A row is less
+    accurate if its writes almost cancel, or if it replaces an erased row 1e4 times as large.
 
-    Under autocast xbar is bf16, and so are H and the weights as they enter a product with either.
-    The lengths are float32, those of the rounded xbar and H, which are what is read.
+    Under autocast, xbar and H are bf16, and weights are cast to bf16 to multiply them. The squared
+    norms are float32. They are computed from the rounded xbar and H, since those are what is read.
     """
     h0 = initial_memory(theta, phi, xbar, h0)
     T, d = xbar.shape[1:]
     C = min(CHUNK, T)
 
-    def chunks(v):  # [B, T, .] -> [B, N, C, .]; what fills the last chunk has theta = phi = 0
+    def chunks(v):  # [B, T, .] -> [B, N, C, .]; the padding has theta = phi = 0
         return F.pad(v, (0, 0, 0, -T % C)).unflatten(1, (-1, C))
 
     with torch.autocast(xbar.device.type, enabled=False):
         x = chunks(xbar)  # [B, N, C, d]
-        x_wide = upcast(x)
-        theta = chunks(theta.to(x_wide.dtype))  # [B, N, C, m]
-        phi = chunks(phi.to(x_wide.dtype))  # [B, N, C, m]
+        x_upcast = upcast(x)
+        theta = chunks(theta.to(x_upcast.dtype))  # [B, N, C, m]
+        phi = chunks(phi.to(x_upcast.dtype))  # [B, N, C, m]
 
-        # The weights of the chunk's start and of its tokens in each row, in float64.
+        # In each row, the weights of H (decay) and of the chunk's tokens (w), in float64.
         log_keep = torch.log1p((TINY - 1) * theta.double())  # [B, N, C, m]
         G = log_keep.cumsum(2)
         decay = G.exp()
         w = theta.double() * (-G).exp()
 
         # The memory before each chunk.
-        whole = decay[:, :, -1]  # [B, N, m] what is left of H after the chunk
-        written = (w * whole[:, :, None]).to(x.dtype).mT @ x  # [B, N, m, d]
-        H, last = recurrence(whole.to(theta.dtype), written, h0)  # [B, N, m, d], [B, m, d]
+        chunk_decay = decay[:, :, -1]  # [B, N, m] the fraction of H left after the chunk
+        added = (w * chunk_decay[:, :, None]).to(x.dtype).mT @ x  # [B, N, m, d]
+        H, last = recurrence(chunk_decay.to(theta.dtype), added, h0)  # [B, N, m, d], [B, m, d]
 
-        # The squared length of each row after each token.
-        K = x_wide @ x_wide.mT  # [B, N, C, C] <xbar_t, xbar_s>
-        S = x_wide @ upcast(H).mT  # [B, N, C, m] <xbar_t, H>
+        # The squared norm of each row after each token.
+        K = x_upcast @ x_upcast.mT  # [B, N, C, C] <xbar_t, xbar_s>
+        S = x_upcast @ upcast(H).mT  # [B, N, C, m] <xbar_t, H>
         hx = decay * (S + K.tril().double() @ w)  # [B, N, C, m] <h_t, xbar_t>
         xx = K.diagonal(dim1=-2, dim2=-1)[..., None]  # [B, N, C, 1]
         change = theta * (2 * hx.to(theta.dtype) - theta * xx)  # [B, N, C, m]
@@ -245,7 +245,7 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
         # The read.
         q = phi * torch.rsqrt(n.clamp_min(0) / d + eps)  # [B, N, C, m]
         q_decay = q * decay
-        A = (q_decay @ w.mT).tril()  # [B, N, C, C] weight of each token s in the read of t
+        A = (q_decay @ w.mT).tril()  # [B, N, C, C] weight of token s in the read at token t
         y = q_decay.to(x.dtype) @ H + A.to(x.dtype) @ x  # [B, N, C, d]
     return y.flatten(1, 2)[:, :T], last
 
@@ -253,9 +253,9 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
 class FactorizationMemory(nn.Module):
     """The memory layer, eqs. 4 to 13. Its input is the block's normalised residual stream.
 
-    Another layer can stand in its place (`FMem(config, layer=...)`) if it has `forward`, `step` and
-    `init_weights` as here. Its state may be a tensor, or a tuple of tensors and None. For `load` to
-    find it, it must be in lab/layers.py and in LAB_LAYERS.
+    Another layer can replace it (`FMem(config, layer=...)`) if it has the same `forward`, `step`
+    and `init_weights`. Its state may be a tensor, or a tuple of tensors and None. `load` supports
+    it only if it is defined in lab/layers.py and listed in LAB_LAYERS.
     """
 
     def __init__(self, config):
@@ -270,20 +270,20 @@ class FactorizationMemory(nn.Module):
     def scan_inputs(self, x, state=None):
         """x [B, T, d_model] -> theta, phi [B, T, m], zero outside the top k, and xbar [B, T, d].
 
-        state: that of the layer before x, for layers whose routing looks back at earlier tokens.
+        state: the layer's state before x, for layers whose routing depends on earlier tokens.
         """
         theta, phi, rows = route(x, self)
-        if rows is not None:  # masked, not gathered: a chunk of tokens touches nearly every row
+        if rows is not None:  # mask, do not gather: a chunk of tokens uses nearly every row
             zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)
             theta = zeros.scatter(-1, rows, theta)
             phi = zeros.scatter(-1, rows, phi)
         return theta, phi, self.W_i(x)  # eq. 9
 
     def scan(self, theta, phi, xbar, h):
-        """The recurrence, as the config asks for it."""
+        """Run the recurrence with the implementation that the config selects."""
         config = self.config
         inputs = theta, phi, xbar, h, config.norm_eps
-        if config.scan == "loop" or xbar.device.type in ("mps", "xpu"):  # these lack float64
+        if config.scan == "loop" or xbar.device.type in ("mps", "xpu"):  # they lack float64
             return scan_loop(*inputs)
         if config.recompute:
             return checkpoint(scan_chunked, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -296,9 +296,9 @@ class FactorizationMemory(nn.Module):
         return self.W_o(y), h
 
     def step(self, x_t, h=None):
-        """One token: x_t [B, d_model] -> y_t, h. With gradients disabled h is changed in place.
+        """One token: x_t [B, d_model] -> y_t, h. With gradients disabled, h is updated in place.
 
-        Then only the k rows that the token is routed to are read and written, k d of m d numbers.
+        In that case, only the token's k rows are read and written: k d of the m d numbers.
         """
         config = self.config
         theta, phi, rows = route(x_t, self)  # [B, k]
@@ -310,18 +310,18 @@ class FactorizationMemory(nn.Module):
             rows = torch.arange(config.n_rows, device=h.device).expand(len(h), -1)
         index = rows[..., None].expand(-1, -1, h.shape[-1])  # [B, k, d]
         with torch.autocast(xbar.device.type, enabled=False):
-            chosen = h.gather(1, index).lerp(upcast(xbar)[:, None], theta[..., None])  # eq. 10
-            q = phi * torch.rsqrt(chosen.square().mean(-1) + config.norm_eps)  # [B, k]
-            y_t = (q[:, None] @ chosen)[:, 0]  # eq. 11  [B, d]
+            selected = h.gather(1, index).lerp(upcast(xbar)[:, None], theta[..., None])  # eq. 10
+            q = phi * torch.rsqrt(selected.square().mean(-1) + config.norm_eps)  # [B, k]
+            y_t = (q[:, None] @ selected)[:, 0]  # eq. 11  [B, d]
         scatter = h.scatter if torch.is_grad_enabled() else h.scatter_
-        return self.W_o(y_t.to(xbar.dtype)), scatter(1, index, chosen)
+        return self.W_o(y_t.to(xbar.dtype)), scatter(1, index, selected)
 
     def init_weights(self, init, branch_scale):
         """init(weight, scale) draws a matrix with standard deviation scale / sqrt(inputs).
 
         branch_scale is for matrices that write to the residual stream. W_alpha's input has unit
         RMS, so its logits start with standard deviation alpha_std at any width and tau. With logits
-        of 0, all rows would collect the same average, and diverge slowly. eta, mu start at 1/2.
+        of 0, all rows would store the same average and diverge only slowly. eta, mu start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
@@ -344,7 +344,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """LLaMA's block around the memory: x + memory(norm(x)), then x + MLP(norm(x))."""
+    """A LLaMA-style block around the memory: x + memory(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, config, layer, layer_arguments):
         super().__init__()
@@ -355,15 +355,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, state):
-        """x [B, T, d_model], or [B, d_model] for a step, and the layer's state -> the same two."""
+        """x [B, T, d_model], or [B, d_model] for a step, and the layer's state -> new x, state."""
         memory = self.memory.step if x.dim() == 2 else self.memory
         y, state = memory(self.memory_norm(x), state)
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(self.mlp_norm(x))), state
 
     def init_weights(self, n_layer):
-        """Draws each matrix with standard deviation 1 / sqrt(inputs), or as its layer says; for the
-        2 n_layer that write to the residual stream, times 1 / sqrt(2 n_layer).
+        """Draw each matrix with standard deviation 1 / sqrt(inputs), or as its layer defines. The
+        2 n_layer matrices that write to the residual stream are scaled by 1 / sqrt(2 n_layer).
         """
 
         def init(weight, scale=1.0):
@@ -376,12 +376,12 @@ class Block(nn.Module):
         init(self.mlp.W_down.weight, branch_scale)
 
 
-EMBED_STD = 0.06  # standard deviation of the embedding at the start, the best of a sweep
-PREFILL = 4096  # prompt tokens read at once, so that memory use does not grow with the prompt
+EMBED_STD = 0.06  # initial standard deviation of the embedding, the best value of a sweep
+PREFILL = 4096  # prompt tokens per forward pass, so that memory use does not grow with the prompt
 
 
 class FMem(nn.Module):
-    """The language model. layer: the class in each block, called with config, **layer_arguments."""
+    """The language model. Each block creates its layer as layer(config, **layer_arguments)."""
 
     def __init__(self, config, layer=FactorizationMemory, layer_arguments=None):
         super().__init__()
@@ -412,27 +412,27 @@ class FMem(nn.Module):
         return self.norm(x), states
 
     def forward(self, tokens, state=None):
-        """tokens [B, T] -> logits [B, T, vocab_size] of each next token, the state after the last.
+        """tokens [B, T] -> next-token logits [B, T, vocab_size], and the state after the last.
 
-        state: what an earlier call returned for the tokens so far, not changed, or None at the
-        start; a sequence may be split anywhere into calls. tokens [B] is one step: logits
-        [B, vocab_size]; with gradients disabled it may change the state in place.
+        state: the state that an earlier call returned, or None at the start. It is not changed, and
+        a sequence may be split between calls at any token. tokens [B] is a single step: it returns
+        logits [B, vocab_size], and with gradients disabled it may change the state in place.
         """
         x, state = self.hidden(tokens, state)
         return self.head(x), state
 
     @torch.inference_mode()
     def generate(self, tokens, max_new_tokens, state=None, **choice):
-        """Continue tokens [B, T], T at least 1: yields each new token [B] and the state before it.
+        """Continue tokens [B, T], T at least 1. Yields each new token [B] and the state before it.
 
-        state: continues from there, and is not changed; the one that is yielded changes with the
-        next token. choice: temperature, top_k, top_p and generator of `sample`. The model should be
-        in evaluation mode. Raises ValueError for arguments that cannot work.
+        state: the state to continue from, which is not changed. The yielded state may change in
+        place with the next token. choice: temperature, top_k, top_p and generator of `sample`. The
+        model should be in evaluation mode. Raises ValueError for invalid arguments.
         """
         if tokens.dim() != 2 or tokens.numel() == 0:
-            raise ValueError(f"tokens must be [B, T], T at least 1, not {[*tokens.shape]}")
+            raise ValueError(f"tokens must have shape [B, T], T at least 1, not {[*tokens.shape]}")
         state = copy_state(state)
-        if state is not None and tokens.shape[1] == 1:  # as the unbroken sequence would
+        if state is not None and tokens.shape[1] == 1:  # one step, as in the unsplit sequence
             x, state = self.hidden(tokens[:, 0], state)
         else:
             for piece in tokens.split(PREFILL, 1):
@@ -447,7 +447,7 @@ class FMem(nn.Module):
 
 
 def copy_state(state):
-    """A copy of tensors, in lists and tuples, or None: one that steps may change in place."""
+    """Copy a state (tensors, lists, tuples, None), so that steps may change the copy in place."""
     if isinstance(state, (list, tuple)):
         return type(state)(copy_state(part) for part in state)
     return state.clone() if isinstance(state, Tensor) else state
@@ -456,12 +456,12 @@ def copy_state(state):
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """logits [B, vocab_size] -> tokens [B]. Temperature 0 takes the most likely token.
 
-    top_k: only the k most likely tokens. top_p: only the smallest set of most likely tokens whose
-    probabilities reach p together (after temperature and top_k). generator: on the logits' device,
-    or a list with one for each sequence. Raises ValueError for values that cannot work.
+    top_k: keep the k most likely tokens. top_p: keep the smallest set of most likely tokens with a
+    total probability of at least p (after temperature and top_k). generator: one on the logits'
+    device, or a list with one for each sequence. Raises ValueError for invalid values.
     """
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
+        raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -475,8 +475,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     probs = torch.softmax(logits, -1)
     if top_p is not None and top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-        likelier = ordered.cumsum(-1) - ordered  # 0 for the first, which is always kept
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered * (likelier < top_p))
+        mass_before = ordered.cumsum(-1) - ordered  # 0 for the first, which is always kept
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered * (mass_before < top_p))
     if isinstance(generator, list):
         pairs = zip(probs, generator, strict=True)
         return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in pairs])
@@ -488,16 +488,16 @@ LAB_LAYERS = ("ExtendedMemory", "Attention", "Mamba2")  # classes of lab/layers.
 
 
 def load(path, device="cpu"):
-    """The model of a checkpoint that train.py saved, in evaluation mode, and a dict of the rest.
+    """Load a train.py checkpoint: the model, in evaluation mode, and a dict of the other entries.
 
-    The model is made of the entries "config" (the fields of FMemConfig), "layer" (the name of a
-    class), "layer_arguments" (what it takes besides the config) and "model" (the weights). Raises
-    ValueError, one line, for any other file. No code that a file may hold is run.
+    The model is built from the entries "config" (the fields of FMemConfig), "layer" (a class name),
+    "layer_arguments" (its arguments besides the config) and "model" (the weights). Raises a
+    one-line ValueError for any other file. Code in the file is never executed.
     """
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not compare checksums
+        with zipfile.ZipFile(path) as file:  # torch.load does not verify checksums
             if file.testzip() is not None:
-                raise ValueError("it is damaged: a checksum differs")
+                raise ValueError("it is damaged: a checksum does not match")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format") != FORMAT:
             raise ValueError("it was not written by this version of train.py")
@@ -509,8 +509,8 @@ def load(path, device="cpu"):
         model = FMem(FMemConfig(**saved["config"]), layer, saved["layer_arguments"])
         model.load_state_dict(saved.pop("model"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; python train.py makes one") from None
-    except Exception as error:  # a damaged file can make a reader raise anything
+        raise ValueError(f"{path} does not exist; run python train.py first") from None
+    except Exception as error:  # a damaged file can raise any exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
+        raise ValueError(f"{path} is not a valid checkpoint: {reason}") from None
     return model.to(device).eval(), saved

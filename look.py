@@ -1,21 +1,21 @@
 """See what a trained model's memory does with a text.
 
     python look.py                                      # a passage of the validation text
-    python look.py --prompt "ROMEO:" --generate 60      # a text of yours, and what the model adds
-    python look.py --prompt FILE:book.txt --tokens 200  # its last 200 tokens, after all the others
+    python look.py --prompt "ROMEO:" --generate 60      # your text, and the model's continuation
+    python look.py --prompt FILE:book.txt --tokens 200  # its last 200 tokens, after the others
 
-Writes one HTML file, which needs nothing else and no network. It shows which earlier tokens each
-token reads from in each layer, and with which exact weight; which rows it writes; what each row
-then holds; what the model predicts next.
+Writes one self-contained HTML file, which needs no network. For each token and layer it shows which
+earlier tokens are read, with their exact weights, which rows are written, and the contents of each
+row. It also shows the predictions for the next token.
 
-All of that is known exactly, since the recurrence (eq. 10 of fmem.py) is linear: after token t each
-row is a mean of the inputs so far and of the row before the text, with weights that add up to 1.
+All of this is exact, since the recurrence (eq. 10 of fmem.py) is linear. After token t each row is
+a weighted mean of the inputs so far and of its value before the text. The weights add up to 1.
 
     h_t[i] = F_t[i] h_0[i] + sum_{s<=t} E_t[s, i] xbar_s
     E_t[s, i] = theta_s[i] prod_{s<u<=t} (1 - theta_u[i])
     F_t[i] = prod_{u<=t} (1 - theta_u[i])
 
-So the read (eq. 11) is linear in them too, and A is the attention map of a recurrent model:
+So the read (eq. 11) is linear in them too. A is the attention map of a recurrent model:
 
     y_t = sum_{s<=t} A[t, s] xbar_s + sum_i q_t[i] F_t[i] h_0[i]
     A[t, s] = sum_i q_t[i] E_t[s, i]
@@ -38,9 +38,9 @@ from data import tokenizer
 
 TEMPLATE = Path(__file__).resolve().with_name("look.html")
 MARK = "<!-- a page of fmem's look.py -->"  # in the second line of every page
-MOST_TOKENS = 1024  # that a page shows: the attention map has that many rows and columns
-PASSAGE = 160  # tokens of the validation text that are shown where no prompt is given
-LIKELIEST = 8  # tokens that are shown of what the model expects
+MOST_TOKENS = 1024  # per page; the attention map has that many rows and columns
+PASSAGE = 160  # tokens of the validation text to show if no prompt is given
+LIKELIEST = 8  # predicted tokens to show
 
 
 # What the layers do.
@@ -48,32 +48,32 @@ LIKELIEST = 8  # tokens that are shown of what the model expects
 
 @dataclass
 class Record:
-    """What a layer did with a text of T tokens, in float64. m rows of width d.
+    """What a layer did with T tokens, in float64. It has m rows of width d.
 
-    What it read, before W_o and a gate, is y = A @ xbar + rest.
+    The read, before W_o and a gate, is y = A @ xbar + rest.
     """
 
-    xbar: Tensor  # [T, d] what was written
-    A: Tensor  # [T, T] weight of each token (column) in the read of each (row); 0 for later ones
-    start: Tensor  # [T] weight of the memory before the text in each read
-    rest: Tensor  # [T, d] what that memory adds to each read
+    xbar: Tensor  # [T, d] the written vectors
+    A: Tensor  # [T, T] weight of token s (column) in the read of token t (row); 0 for s > t
+    start: Tensor  # [T] weight of the memory before the text, in each read
+    rest: Tensor  # [T, d] contribution of that memory to each read
     theta: Tensor  # [T, m] write weights, zero outside the top k
     phi: Tensor  # [T, m] read weights
-    rms: Tensor  # [T + 1, m] of each row before the text, and after each token; without epsilon
+    rms: Tensor  # [T + 1, m] of each row, before the text and after each token; without epsilon
     eta: Tensor  # [T] update rate
     mu: Tensor  # [T] merge rate
     entropy: Tensor  # [T] of the affinity before the top k, in nats
-    n_routed: int  # rows that the affinity chooses among: m, or m - 1 beside a shared row
+    n_routed: int  # rows that the affinity selects from: m, or m - 1 with a shared row
 
     def shares(self):
-        """A and start divided by their sum: what share of a read is whose, [T, T] and [T]."""
+        """A [T, T] and start [T], normalised so that the shares of each read add up to 1."""
         total = (self.A.sum(1) + self.start).clamp_min(1e-30)
         return self.A / total[:, None], self.start / total
 
 
 @torch.no_grad()
 def record(model, tokens, state=None):
-    """What every layer does with tokens [T] after `state`: Records, and the logits [T, vocab_size].
+    """Run tokens [T] from `state`. Returns a Record per layer, and the logits [T, vocab_size].
 
     Raises ValueError for a model whose layers are not Factorization Memory.
     """
@@ -94,8 +94,8 @@ def record(model, tokens, state=None):
 
 
 def record_layer(layer, x, state=None):
-    """What a layer does with its input x [1, T, d_model] and the state before it."""
-    inputs = []  # what the projections get: x, or x after a short convolution
+    """The Record of a layer for the input x [1, T, d_model], from `state`."""
+    inputs = []  # of the projections: x, or x after a short convolution
     hook = layer.W_i.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     try:
         theta, phi, xbar = (v[0].double() for v in layer.scan_inputs(x, state))
@@ -145,7 +145,7 @@ def record_layer(layer, x, state=None):
 
 
 def visible(piece):
-    """A token's bytes as text; what is no whole character, or cannot be seen, as its escape."""
+    """A token's bytes as text; incomplete and unprintable characters become escapes."""
     text = piece.decode("utf-8", "backslashreplace")
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
@@ -163,10 +163,10 @@ def rounded(values):
 
 
 def layer_data(layer):
-    """What the page needs of a Record. Of theta, phi and rms the k rows that a token touches."""
+    """A Record's data for the page: of theta, phi and rms only the k rows that a token uses."""
     touched = (layer.theta > 0) | (layer.phi > 0)
     k = max(int(touched.sum(1).max()), 1)
-    rows = touched.int().topk(k, -1).indices  # where a token touches fewer, some that stay as well
+    rows = touched.int().topk(k, -1).indices  # filled up with unused rows if a token uses fewer
     return {
         "m": layer.theta.shape[1],
         "k": k,
@@ -183,11 +183,11 @@ def layer_data(layer):
 
 
 def page_data(layers, logits, tokens, words, **more):
-    """What the page shows, ready for JSON.
+    """The data of the page, ready for JSON.
 
-    layers, logits: from `record`, of tokens [T]. words: the text of each token of the vocabulary.
-    more: eps (of the row norm), about (a line on the model), given (how many of these tokens the
-    model did not write itself), before (how many came before these), conv (width of a convolution).
+    layers, logits: from `record`, for tokens [T]. words: the text of each token of the vocabulary.
+    more: eps (of the row norm), about (a line about the model), given (how many of these tokens are
+    not generated), before (how many tokens precede them), conv (width of the convolution, or 0).
     """
     log_p = torch.log_softmax(logits.double(), -1)
     loss = -log_p[:-1].gather(1, tokens[1:, None])[:, 0]
@@ -196,7 +196,7 @@ def page_data(layers, logits, tokens, words, **more):
     return {
         "words": {token: words[token] for token in sorted(shown)},
         "tokens": tokens.tolist(),
-        "show": most_telling(layers[0]),  # chosen first
+        "show": most_telling(layers[0]),  # selected at the start
         "loss": [None, *rounded(loss)],
         "top": [
             list(zip(i, rounded(v), strict=True)) for i, v in zip(ids.tolist(), p, strict=True)
@@ -216,7 +216,7 @@ def most_telling(layer):
 
 
 def page(data):
-    """The page as text. No word can end the data in it, where "<", ">" and "&" are escaped."""
+    """The page as HTML. Its data has "<", ">" and "&" escaped, so that no word can end it."""
     template = TEMPLATE.read_text(encoding="utf-8")
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
@@ -225,7 +225,7 @@ def page(data):
 
 
 def write(path, text):
-    """Write a page, over an earlier one too. Raises ValueError for any other file, and OSError."""
+    """Write a page. It overwrites a page, but no other file (ValueError). Raises OSError."""
     if path.exists():
         with open(path, "rb") as file:
             if MARK.encode() not in file.read(200):
@@ -239,16 +239,16 @@ def write(path, text):
 def passage(fields, folder, n):
     """n tokens from the middle of a prepared folder's validation text.
 
-    They start after an empty line, if there is one near. fields: the tokenizer that the folder must
-    have. Raises ValueError, OSError.
+    They start after an empty line, if one is near. fields: the tokenizer that the folder must use.
+    Raises ValueError, OSError.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokens = np.memmap(folder / "val.bin", dtype=meta["dtype"], mode="r")
     except (OSError, ValueError, LookupError, TypeError):
-        raise ValueError(f"{folder} is not a prepared folder; --prompt shows any text") from None
+        raise ValueError(f"{folder} is not a prepared folder; give a --prompt instead") from None
     if meta["tokenizer"] != fields:
-        raise ValueError(f"{folder} was prepared with another tokenizer; --prompt shows any text")
+        raise ValueError(f"{folder} was prepared with another tokenizer; give a --prompt instead")
     pieces = tokenizer.token_bytes(tokenizer.load_tokenizer(fields))
     middle = max(min(len(tokens) // 2, len(tokens) - n), 0)
     text = tokens[middle : middle + 2 * n + 200].tolist()
@@ -259,16 +259,16 @@ def passage(fields, folder, n):
 
 
 def read_prompt(prompt):
-    """The prompt as text: itself, or what is in FILE:path. Raises ValueError, OSError."""
+    """The prompt's text: itself, or the content of FILE:path. Raises ValueError, OSError."""
     if prompt.startswith("FILE:"):
         return Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8-sig", errors="replace")
     return prompt
 
 
 def text_and_words(saved, args):
-    """The text's tokens as numbers, and the text of each token of the vocabulary.
+    """The token ids to show, and the text of each token of the vocabulary.
 
-    saved: the checkpoint. A model of a recall task has no tokenizer: its tokens are numbers.
+    saved: the checkpoint. A model of a recall task has no tokenizer; its prompt lists token ids.
     Raises ValueError, OSError.
     """
     vocab_size = saved["config"]["vocab_size"]
@@ -290,16 +290,16 @@ def text_and_words(saved, args):
 
 
 def look(args):
-    """Write the page that the options ask for, and return its path and data.
+    """Write the page for these options. Returns its path and data.
 
-    Raises ValueError, OSError, and RuntimeError where torch does.
+    Raises ValueError, OSError, and torch's RuntimeError.
     """
     best = Path("out/best.pt")
     path = args.checkpoint or (best if best.exists() else best.with_name("last.pt"))
     model, saved = fmem.load(path)
     tokens, words = text_and_words(saved, args)
 
-    # Of a text that is longer than a page the end is shown, after what came before it.
+    # If the text is longer than a page, show its end, from the state after the rest.
     count = min(args.tokens or MOST_TOKENS, MOST_TOKENS - args.generate)
     tokens = torch.tensor(tokens)
     before, shown = tokens[:-count], tokens[-count:]
@@ -315,7 +315,7 @@ def look(args):
     given = len(shown)
     shown = torch.cat([shown, torch.tensor(written, dtype=torch.long)])
     if len(shown) < 2:
-        raise ValueError("one token shows nothing; give a longer --prompt, or --generate some")
+        raise ValueError("one token is not enough; give a longer --prompt, or use --generate")
 
     layers, logits = record(model, shown, state)
     config = model.config
@@ -348,10 +348,10 @@ def main(argv=None):
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="default: out/best.pt, else out/last.pt")
     add("--prompt", help="text to show, or FILE:path (default: a passage of validation text)")
-    add("--generate", type=int, default=0, metavar="N", help="tokens that the model adds")
-    add("--tokens", type=int, metavar="N", help="length of the passage, or of the prompt's end")
-    add("--data", metavar="DIR", help="prepared folder of the passage (default: the training's)")
-    add("--seed", type=int, default=1337, help="of --generate (default: 1337)")
+    add("--generate", type=int, default=0, metavar="N", help="number of tokens to generate")
+    add("--tokens", type=int, metavar="N", help="show N tokens of the passage or prompt")
+    add("--data", metavar="DIR", help="prepared folder of the passage (default: as in training)")
+    add("--seed", type=int, default=1337, help="seed of --generate (default: 1337)")
     add("--out", type=Path, metavar="FILE", help="default: look.html beside the checkpoint")
     parser.error = lambda text: parser.exit(2, f"look.py: error: {tokenizer.one_line(text)}\n")
     args = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""Text from a trained model, as it is generated.
+"""Generate text with a trained model, and print it token by token.
 
     python sample.py --prompt "ROMEO:"
     python sample.py --interactive             continues each line you type; the state carries over
-    python sample.py --save_state play.state   and --load_state play.state goes on from there
+    python sample.py --save_state play.state   then --load_state play.state continues from there
 
-All it needs is the checkpoint, which holds the tokenizer too. A token costs the same however long
-the text before it, and what the model remembers of a text, its state, has a fixed size.
+It needs only the checkpoint, which also contains the tokenizer. The model's state has a fixed size,
+so the cost per token does not depend on the length of the text before it.
 """
 
 import argparse
@@ -26,22 +26,22 @@ from data.tokenizer import encode, load_tokenizer, one_line, printable, token_by
 STATE_FORMAT = "fmem text state 3"
 
 
-class Text:
-    """What it takes to continue a text."""
+class Continuation:
+    """Everything needed to continue a text."""
 
     def __init__(self, token, generator):
-        self.state = None  # the model's state, in which it has not read the last tokens yet:
+        self.state = None  # the model's state before the tokens in unread
         self.unread = [token]
         self.generator = generator
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds half a character
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps partial characters
 
 
 def continue_texts(model, enc, texts, prompt, max_new_tokens, keep, **choice):
-    """Continue texts that are the same so far with the prompt, then each by itself, side by side.
+    """Append the prompt to identical texts, then sample a separate continuation of each.
 
-    Yields what is new in each text, a list of strings: first the prompt, then for each token the
-    characters that it completes. A text ends at EOT. keep: a single text will be continued later,
-    even if this generator is closed early; half a character at its end waits for the rest.
+    Yields a list with the new characters of each text: first the prompt, then for each token the
+    characters that it completes. A text ends at EOT. keep: the text (only one) will be continued
+    later, even if this generator is closed early, so an incomplete character stays in the buffer.
     choice: temperature, top_k and top_p of `fmem.sample`.
     """
     first = texts[0]
@@ -71,12 +71,12 @@ def continue_texts(model, enc, texts, prompt, max_new_tokens, keep, **choice):
 
 
 def show(string):
-    """Print at once. On a terminal, what would steer it is replaced; a file or pipe gets it all."""
+    """Print and flush. Control characters are replaced on a terminal, but not in a file or pipe."""
     print(printable(string) if sys.stdout.isatty() else string, end="", flush=True)
 
 
 def show_all(pieces, interrupts=()):
-    """Show the texts of `continue_texts`: the first as it comes, then the others."""
+    """Print the texts of `continue_texts`: the first as it is generated, then the others."""
     others = []
     for first, *rest in pieces:
         show(first)
@@ -89,8 +89,8 @@ def show_all(pieces, interrupts=()):
 
 
 @contextlib.contextmanager
-def interrupts_noted():
-    """A list that gets each Ctrl-C, so that no token is lost in the middle of a step."""
+def collect_interrupts():
+    """Collect each Ctrl-C in a list, so that no token is lost in the middle of a step."""
     interrupts = []
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
@@ -99,8 +99,8 @@ def interrupts_noted():
         signal.signal(signal.SIGINT, before)
 
 
-def converse(model, enc, text, line, max_new_tokens, **choice):
-    """Continue the text from `line`, unless it is empty, and from each line that is read."""
+def run_interactive(model, enc, text, line, max_new_tokens, **choice):
+    """Append `line`, unless empty, then each line of the input, and continue the text each time."""
     bytes_of = token_bytes(enc)
     sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
     while True:
@@ -108,12 +108,12 @@ def converse(model, enc, text, line, max_new_tokens, **choice):
             line = line or input("> " * sys.stdin.isatty())
             last = text.unread[-1]
             inside_line = last != enc.eot_token and bytes_of[last][-1:] != b"\n"
-            if line:  # an empty one lets the text run on
+            if line:  # an empty line just continues the text
                 line = "\n" * inside_line + line + "\n"
             pieces = continue_texts(model, enc, [text], line, max_new_tokens, True, **choice)
             line = ""
-            with contextlib.closing(pieces), interrupts_noted() as interrupts:
-                next(pieces)  # the line is on the screen already
+            with contextlib.closing(pieces), collect_interrupts() as interrupts:
+                next(pieces)  # the line is already on the screen
                 show_all(pieces, interrupts)
         except EOFError:
             return
@@ -122,29 +122,29 @@ def converse(model, enc, text, line, max_new_tokens, **choice):
 
 
 def read_prompt(prompt):
-    """The prompt of the command line as text. Raises ValueError, OSError."""
+    """Read --prompt: a text, FILE:path, or - for standard input. Raises ValueError or OSError."""
     if prompt == "-":
         raw = sys.stdin.buffer.read()
     elif prompt.startswith("FILE:"):
         raw = Path(prompt[5:]).read_bytes()
     else:
-        raw = prompt.encode("utf-8", "surrogateescape")  # what was not UTF-8 arrives as surrogates
+        raw = prompt.encode("utf-8", "surrogateescape")  # invalid UTF-8 arrives as surrogates
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("the prompt is UTF-16; save it as UTF-8")
     return raw.decode("utf-8-sig", "replace")
 
 
 def save_text(path, model, text):
-    """Write what it takes to continue the text: the whole file, or nothing. Raises OSError."""
+    """Write everything needed to continue the text: a complete file or none. Raises OSError."""
     saved = {
         "format": STATE_FORMAT,
-        "model": model.embed.weight[0].cpu(),  # differs between any two models
+        "model": model.embed.weight[0].cpu(),  # differs from model to model
         "unread": text.unread,
         "state": text.state,
         "half_character": list(text.decoder.getstate()[0]),
         "generator": text.generator.get_state(),
     }
-    buffer = io.BytesIO()  # torch.save to a full disk would not say that it is full
+    buffer = io.BytesIO()  # torch.save does not report a full disk clearly
     torch.save(saved, buffer)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -155,24 +155,24 @@ def save_text(path, model, text):
 
 
 def read_saved(path, device="cpu"):
-    """The dict that `save_text` wrote. Raises ValueError, one line, for any other file."""
+    """Read the dict that `save_text` wrote. Raises a one-line ValueError for any other file."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not compare checksums
+        with zipfile.ZipFile(path) as file:  # torch.load does not verify checksums
             if file.testzip() is not None:
-                raise ValueError("it is damaged: a checksum differs")
+                raise ValueError("it is damaged: a checksum does not match")
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved["format"] != STATE_FORMAT:
-            raise ValueError("--save_state of this version did not write it")
-    except Exception as error:  # a damaged file can make a reader raise anything
+            raise ValueError("it was not written by --save_state of this version")
+    except Exception as error:  # a damaged file can raise any exception
         raise ValueError(f"{path} is not a saved state: {one_line(error)}") from None
     return saved
 
 
 def load_text(path, model, text, new_seed):
-    """Make `text` the saved one; with a new seed, its generator stays as it is. ValueError."""
+    """Restore `text` from a file, without its generator if new_seed. Raises ValueError."""
     saved = read_saved(path, model.embed.weight.device)
     if not torch.equal(saved["model"], model.embed.weight[0]):
-        raise ValueError(f"{path} belongs to another model")
+        raise ValueError(f"{path} belongs to another model; use its --checkpoint")
     if not new_seed:
         text.generator.set_state(saved["generator"].cpu())
     text.unread = saved["unread"]
@@ -181,41 +181,41 @@ def load_text(path, model, text, new_seed):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Text from a trained model.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Generate text with a model.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, printable(f"sample.py: error: {message}") + "\n")
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="default: out/best.pt, else out/last.pt")
     add("--prompt", default="", help="text to continue, FILE:path, or - for standard input")
-    add("--interactive", action="store_true", help="continue lines; Ctrl-C ends one, Ctrl-D all")
-    add("--num_samples", type=int, default=1, help="texts from the prompt (default: 1)")
-    add("--max_new_tokens", type=int, default=300, help="at most, in each text (default: 300)")
-    add("--temperature", type=float, default=0.8, help="0: the most likely token (default: 0.8)")
+    add("--interactive", action="store_true", help="continue lines; Ctrl-C stops one, Ctrl-D exits")
+    add("--num_samples", type=int, default=1, help="texts generated from the prompt (default: 1)")
+    add("--max_new_tokens", type=int, default=300, help="maximum for each text (default: 300)")
+    add("--temperature", type=float, default=0.8, help="0: most likely token (default: 0.8)")
     add("--top_k", type=int, help="choose among the k most likely tokens (default: all)")
-    add("--top_p", type=float, default=0.95, help="nucleus of probability p (default: 0.95)")
-    add("--seed", type=int, help="of the first text; +1 for each further one (default: 1337)")
-    add("--save_state", metavar="FILE", type=Path, help="write the state, to continue from later")
+    add("--top_p", type=float, default=0.95, help="nucleus sampling probability (default: 0.95)")
+    add("--seed", type=int, help="of the first text; each next one adds 1 (default: 1337)")
+    add("--save_state", metavar="FILE", type=Path, help="write the state to FILE, to resume from")
     add("--load_state", metavar="FILE", type=Path, help="resume from FILE, then read the prompt")
-    add("--compile", action="store_true", help="torch.compile: faster after a wait")
-    add("--device", default="auto", help="cpu, cuda, ... (default: auto, a GPU if there is one)")
-    add("--threads", type=int, default=1, help="more help only large models (default: 1)")
+    add("--compile", action="store_true", help="use torch.compile: slow start, then faster")
+    add("--device", default="auto", help="cpu, cuda, ... (default: auto, a GPU if available)")
+    add("--threads", type=int, default=1, help="threads; more help only large models (default: 1)")
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.max_new_tokens < 0:
         parser.error("--num_samples must be at least 1, --max_new_tokens at least 0")
     if args.num_samples > 1 and (args.interactive or args.save_state or args.load_state):
-        parser.error("--num_samples excludes --interactive, --save_state and --load_state")
+        parser.error("--num_samples does not work with --interactive, --save_state or --load_state")
     return args
 
 
 @torch.no_grad()
 def run(args):
-    torch.set_flush_denormal(True)  # before the first threads: denormal decays are slow on a CPU
+    torch.set_flush_denormal(True)  # before any threads start; denormal decays are slow on a CPU
     gpu_or_cpu = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(gpu_or_cpu if args.device == "auto" else args.device)
     torch.set_num_threads(args.threads)
     if args.save_state:
         args.save_state.parent.mkdir(parents=True, exist_ok=True)
         if args.save_state.exists():
-            read_saved(args.save_state)  # raises for any other file: it is not replaced
+            read_saved(args.save_state)  # raises for any other file, so that it is not overwritten
     prompt = read_prompt(args.prompt)
     best = Path("out/best.pt")
     path = args.checkpoint or (best if best.exists() else best.with_name("last.pt"))
@@ -231,13 +231,13 @@ def run(args):
     texts = []
     for i in range(args.num_samples):
         seed = i + (1337 if args.seed is None else args.seed)
-        texts.append(Text(enc.eot_token, torch.Generator(device).manual_seed(seed)))
+        texts.append(Continuation(enc.eot_token, torch.Generator(device).manual_seed(seed)))
     if args.load_state:
         load_text(args.load_state, model, texts[0], new_seed=args.seed is not None)
     choice = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     keep = args.save_state is not None
     if args.interactive:
-        converse(model, enc, texts[0], prompt, args.max_new_tokens, **choice)
+        run_interactive(model, enc, texts[0], prompt, args.max_new_tokens, **choice)
     else:
         show_all(continue_texts(model, enc, texts, prompt, args.max_new_tokens, keep, **choice))
     if keep:
@@ -251,11 +251,11 @@ def main(argv=None):
         run(args)
     except KeyboardInterrupt:
         sys.exit("\nsample.py: stopped; no state was written")
-    except BrokenPipeError:  # `head` has read enough; without this Python would complain at exit
+    except BrokenPipeError:  # e.g. from `head`; without this, Python prints an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, RuntimeError, MemoryError, AssertionError) as error:
-        # PyTorch asserts that it was built for the device.
+        # PyTorch raises AssertionError if it was not built for the device.
         sys.exit(f"sample.py: error: {one_line(error)}")
 
 

@@ -1,8 +1,8 @@
-"""What correctness means, in the order of fmem.py: python -m pytest test_fmem.py
+"""The definition of correctness, in the order of fmem.py: python -m pytest test_fmem.py
 
-The layer is held against the paper's equations written out in float64 (`reference`), the chunked
-form and the kernel against the loop, a step against the whole sequence. A tolerance whose reason is
-not obvious has it beside it. Without a GPU the kernel runs in Triton's interpreter.
+The layer is compared with the paper's equations in float64 (`reference`), the chunked scan and the
+kernel with the loop, and a step with the whole sequence. A comment explains any tolerance that is
+not obvious. Without a GPU, the kernel runs in Triton's interpreter.
 """
 
 import csv
@@ -32,8 +32,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(kernel is None, reason="Triton is not installed")
 
 LOOP_ERROR = 1e-12  # float64, a few dozen roundings
-# In float64, scan_chunked lets a row keep 1e-8 of itself where theta is 1. This is what one sees of
-# it: 2e-8 in the worst case that was found, and five times that here.
+# In float64, scan_chunked lets a row keep 1e-8 of itself where theta is 1. The worst error that we
+# have seen is 2e-8. The tolerance is five times that.
 CHUNKED_ERROR = 1e-7
 FLOAT32_ERROR = 2e-6  # some twenty roundings of 2^-24; 3e-7 is usual
 
@@ -45,19 +45,19 @@ def tiny(**changes):
 
 
 def error(got, want, floor=1e-30):
-    """Relative root mean square error; floor: the least that the size of `want` counts for."""
+    """Relative root mean square error. floor: the minimum for the norm of `want`."""
     want = want.double()
     return ((got.double() - want).norm() / want.norm().clamp_min(floor)).item()
 
 
 def assert_close(bound, got, want):
-    """All tensors agree. A gradient of zero, as that of an erased h0, counts as 1 in size."""
+    """All tensors agree. A zero gradient, such as that of an erased h0, counts as norm 1."""
     errors = [error(g, w, floor=1.0) for g, w in zip(got, want, strict=True)]
     assert all(e < bound for e in errors), errors
 
 
 def scan_inputs(T, sharp=3.0, k=None):
-    """theta, phi, xbar and h0 in float64, with theta of exactly 0 and 1, also in a row."""
+    """theta, phi, xbar and h0 in float64, with theta of exactly 0 and 1, even for consecutive tokens."""
     alpha = torch.softmax(sharp * torch.randn(2, T, 6), -1)
     if k is not None:
         top, rows = alpha.topk(k, -1)
@@ -68,13 +68,13 @@ def scan_inputs(T, sharp=3.0, k=None):
     theta[1, ::5] = 0.0
     theta[0, -1, -1] = 1 - 2**-24  # the largest float32 below 1
     phi = torch.sigmoid(torch.randn(2, T, 1)) * alpha
-    xbar = torch.randn(2, 10, T).mT  # not contiguous: any strides will do
+    xbar = torch.randn(2, 10, T).mT  # not contiguous: any strides must work
     h0 = torch.randn(2, 10, 6).mT
     return [v.double() for v in (theta, phi, xbar, h0)]
 
 
 def with_gradients(scan, inputs, dtype=torch.float64):
-    """[y, hT, gradients of all inputs] of a random linear function of y and hT."""
+    """[y, hT, the gradients of a random linear function of y and hT for all inputs]."""
     leaves = [v.to(DEVICE, dtype).detach().requires_grad_() for v in inputs]
     y, hT = scan(*leaves)
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +84,7 @@ def with_gradients(scan, inputs, dtype=torch.float64):
 
 
 def assert_same(scan, definition, inputs, bound):
-    """Outputs, last state and all gradients agree, in float64 to the bound, and in float32."""
+    """Outputs, last state and all gradients agree: in float64 to `bound`, and in float32."""
     want = with_gradients(definition, inputs)
     assert_close(bound, with_gradients(scan, inputs), want)
     got = with_gradients(scan, inputs, torch.float32)
@@ -93,7 +93,7 @@ def assert_same(scan, definition, inputs, bound):
 
 
 def by_steps(step, tokens, state=None):
-    """What a call for the whole sequence returns, from a step for each token."""
+    """The result of a call for the whole sequence, computed with one step per token."""
     outputs = []
     for token in tokens.unbind(1):
         output, state = step(token, state)
@@ -110,7 +110,7 @@ def seeded():
 
 
 def reference(layer, x, h):
-    """Eqs. 4 to 13 as the paper writes them: one sequence, token by token and row by row."""
+    """Eqs. 4 to 13 as in the paper: for one sequence, token by token and row by row."""
     config = layer.config
     W = dict(layer.named_parameters())
     ys = []
@@ -135,7 +135,7 @@ def reference(layer, x, h):
 
 @pytest.mark.parametrize("form", ["loop", "chunked", "recompute", "steps"])
 @pytest.mark.parametrize("k_rows", [None, 1, 3])
-def test_layer_is_the_papers_equations(form, k_rows):
+def test_layer_matches_the_papers_equations(form, k_rows):
     """Outputs, the last memory, and the gradients of x, the first memory and every weight."""
     config = tiny(k_rows=k_rows, scan="loop" if form == "loop" else "chunked")
     config.recompute = form == "recompute"
@@ -159,17 +159,17 @@ def test_layer_is_the_papers_equations(form, k_rows):
 @pytest.mark.parametrize("k", [None, 1, 2])
 @pytest.mark.parametrize("sharp", [0.0, 3.0, 30.0])
 @pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 53, 130])
-def test_chunked_is_the_loop(T, sharp, k):
-    """Theta of exactly 0 and 1 included."""
+def test_chunked_matches_the_loop(T, sharp, k):
+    """Including theta of exactly 0 and 1."""
     assert_same(scan_chunked, scan_loop, scan_inputs(T, sharp, k), CHUNKED_ERROR)
 
 
 @pytest.mark.parametrize("cancel", [False, True])
 @pytest.mark.parametrize("theta", [0.0, 0.5, 1 - 1e-4, 1 - 1e-7, 1.0])
-def test_chunked_where_every_theta_is_the_same(theta, cancel):
-    """1: every row is the last xbar, in whole chunks. 0: nothing moves.
+def test_chunked_with_constant_theta(theta, cancel):
+    """1: every row is the last xbar, for whole chunks. 0: nothing changes.
 
-    If writes cancel, a row's length is a small difference of large numbers; it stays exact.
+    If writes cancel, a row's norm is a small difference of large numbers. It stays exact.
     """
     inputs = scan_inputs(70)
     inputs[0] = torch.full_like(inputs[0], theta)
@@ -198,14 +198,14 @@ def recurrence_inputs(G, T, m, d):
 
 @needs_triton
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 3, 5), (3, 33, 4, 1), (2, 5, 33, 40)])
-def test_kernel_is_the_recurrence(shape):
+def test_kernel_matches_the_recurrence(shape):
     """The last shape needs two blocks."""
     assert_same(kernel.recurrence, loop_recurrence, recurrence_inputs(*shape), LOOP_ERROR)
 
 
 @needs_triton
 @pytest.mark.parametrize("T", [1, 32, 53])
-def test_chunked_with_the_kernel_is_the_loop(T, monkeypatch):
+def test_chunked_with_the_kernel_matches_the_loop(T, monkeypatch):
     monkeypatch.setattr(fmem, "recurrence", kernel.recurrence)
     assert_same(scan_chunked, scan_loop, scan_inputs(T, k=2), CHUNKED_ERROR)
 
@@ -223,7 +223,7 @@ def test_only_the_k_rows_of_a_token_change():
     chosen = torch.zeros(5, 8, dtype=torch.bool).scatter(1, rows, True)
     _, whole = layer(x[:, None], h)
     _, stepped = layer.step(x, h)
-    assert torch.equal(h, before)  # with gradients h is left alone
+    assert torch.equal(h, before)  # with gradients h is not changed
     with torch.no_grad():
         _, in_place = layer.step(x, h)
     assert in_place.data_ptr() == h.data_ptr()
@@ -233,8 +233,8 @@ def test_only_the_k_rows_of_a_token_change():
 
 @pytest.mark.parametrize("k_rows", [None, 3])
 @pytest.mark.parametrize("form", ["loop", "chunked"])
-def test_whole_is_split_anywhere_is_step_by_step(k_rows, form):
-    """So no output depends on a later token, either."""
+def test_whole_split_and_stepwise_calls_agree(k_rows, form):
+    """So no output depends on a later token either."""
     model = FMem(tiny(k_rows=k_rows, scan=form)).double()
     tokens = torch.randint(50, (2, 70))
     bound = LOOP_ERROR if form == "loop" else CHUNKED_ERROR
@@ -263,7 +263,7 @@ def test_initialisation():
         (mlp.W_up.weight, 1 / 16),
         (mlp.W_down.weight, 1 / 4 / math.sqrt(config.d_mlp)),
     ):
-        # Of 16,384 numbers or more the standard deviation is known to 0.6 %; five times that.
+        # The standard deviation of 16,384 or more numbers is known to 0.6 %; five times that.
         assert weight.std().item() == pytest.approx(std, rel=0.03)
         assert abs(weight.mean().item()) < 0.05 * std
     theta, phi, _ = fmem.route(torch.randn(512, 256), memory)
@@ -271,8 +271,8 @@ def test_initialisation():
     assert torch.allclose(phi.sum(-1), torch.tensor(0.5))
 
 
-def test_autocast_rounds_products_alone():
-    """Routing, memory and norms stay float32; a scan of bf16 xbar is near the exact one."""
+def test_autocast_rounds_only_products():
+    """Routing, memory and norms stay in float32. A scan of bf16 xbar is near the exact one."""
     model = FMem(tiny())
     tokens = torch.randint(50, (2, 40))
     layer = model.blocks[0].memory
@@ -323,11 +323,11 @@ def test_sample_on_known_logits(choice, want):
 
 
 @pytest.mark.parametrize("prefill", [4096, 7])
-def test_generate_is_the_model_over_and_over_and_continues_from_its_state(prefill, monkeypatch):
+def test_generate_matches_repeated_calls_and_continues_from_its_state(prefill, monkeypatch):
     model = FMem(tiny())
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3)  # so that logits differ clearly
+            parameter.mul_(3)  # so that the logits differ clearly
     prompt = torch.randint(50, (2, 40))
     tokens = prompt
     for _ in range(20):
@@ -338,12 +338,12 @@ def test_generate_is_the_model_over_and_over_and_continues_from_its_state(prefil
     first = [token for token, _ in written]
     _, state = written[-1]
     before = [h.clone() for h in state]
-    # A prompt of a single token is a step, which works in place, on a copy of the state.
+    # A prompt of one token is a step, which works in place on a copy of the state.
     continued = model.generate(first[-1][:, None], 12, state, temperature=0)
     rest = [token for token, _ in continued]
     assert torch.equal(torch.stack(first + rest, 1), tokens[:, 40:])
     with torch.no_grad():
-        model(prompt, state)  # a whole call does not change it either
+        model(prompt, state)  # a full call does not change it either
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
@@ -373,7 +373,7 @@ ONES = torch.ones(2, 5, 6)
         ("tokens", lambda: next(FMem(tiny()).generate(torch.zeros(1, 0), 1))),
     ],
 )
-def test_what_cannot_work_is_named(name, call):
+def test_errors_name_the_invalid_argument(name, call):
     with pytest.raises(ValueError, match=name):
         call()
 
@@ -394,7 +394,7 @@ def save(path, a_model, **changes):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_load_gives_back_the_model_and_the_rest(tied, tmp_path):
+def test_load_restores_the_model_and_the_rest(tied, tmp_path):
     model = FMem(tiny(tie_embeddings=tied, d_memory=None, k_rows=None))
     save(tmp_path / "model.pt", model)
     loaded, rest = fmem.load(tmp_path / "model.pt")
@@ -406,13 +406,13 @@ def test_load_gives_back_the_model_and_the_rest(tied, tmp_path):
 
 
 class Code:
-    """What runs when it is unpickled."""
+    """Code that runs when it is unpickled."""
 
     def __reduce__(self):
         return print, ("unpickled",)
 
 
-def test_load_says_what_is_wrong_in_one_line(tmp_path):
+def test_load_reports_errors_in_one_line(tmp_path):
     path = tmp_path / "model.pt"
     model = FMem(tiny())
 
@@ -422,7 +422,7 @@ def test_load_says_what_is_wrong_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "train.py" in message()  # there is none yet
+    assert "train.py" in message()  # no file yet
     path.write_text("not a checkpoint")
     message()
     for wrong in (
@@ -441,8 +441,8 @@ def test_load_says_what_is_wrong_in_one_line(tmp_path):
     assert "damaged" in message()
 
 
-def test_fmem_alone(tmp_path):
-    """Copied into an empty folder it needs torch alone; with a GPU, no kernel.py but its own."""
+def test_fmem_needs_only_torch(tmp_path):
+    """A copy in an empty folder needs only torch. On a GPU it ignores another kernel.py."""
     shutil.copy(HERE / "fmem.py", tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/kernel.py").touch()
@@ -471,11 +471,11 @@ assert written == list(range(5, 25)), (loss, written)
 
 
 def test_losses_of_a_small_run(small, tmp_path):
-    """They change only if the model, its initialisation, the data or the optimiser does."""
+    """They change only with the model, its initialisation, the data or the optimiser."""
     train = pytest.importorskip("train")
     train.train({**small, "out": str(tmp_path), "max_steps": 10, "dropout": 0.0})
     with open(tmp_path / "log.csv", newline="") as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
     first_and_last = [losses[0], losses[-1]]
-    # Another PyTorch may round otherwise, hence 1e-4.
+    # Another PyTorch may round differently, hence 1e-4.
     assert first_and_last == pytest.approx([5.68353, 5.18187], abs=1e-4)

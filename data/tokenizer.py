@@ -1,4 +1,4 @@
-"""Text to tokens and back: byte-level BPE, as a tiktoken.Encoding; and what may be printed."""
+"""Text to tokens and back: byte-level BPE, as a tiktoken.Encoding. Text that is safe to print."""
 
 import base64
 import heapq
@@ -11,32 +11,32 @@ import regex
 import tiktoken
 
 EOT = "<|endoftext|>"  # ends every document
-# How GPT-2 cuts text into words before the merges: contractions, letters, digits, signs, spaces.
+# GPT-2 splits text into words before the merges: contractions, letters, digits, symbols, spaces.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# The trainer's words: the same, of at most 32 characters, or text without spaces would be one word.
+# For training, the same in runs of at most 32: text without spaces would otherwise be one word.
 SHORT_WORDS = GPT2_PATTERN.replace("++", "{1,32}+").replace(r"\s+", r"\s{1,32}")
-MOST_WORDS = 2**16  # different words that the trainer keeps count of, which bounds time and memory
-PIECE = 2**18  # characters encoded at once; a million spaces overflow the stack of tiktoken's regex
+MOST_WORDS = 2**16  # distinct words that the trainer counts, which bounds its time and memory
+PIECE = 2**18  # characters encoded at once; a million spaces overflow tiktoken's regex stack
 LAST_BORDER = regex.compile(r"(?r)(?<=\p{L}) ")  # the last space after a letter
 
 
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding: {bytes: rank} of at most vocab_size tokens, the 256 single bytes first.
 
-    Again and again the most frequent pair of neighbours becomes a token (ties: the smaller pair of
-    byte strings). Deterministic; a merge visits only the words that hold the pair.
+    Repeatedly merges the most frequent adjacent pair into a token (ties: the smaller pair of byte
+    strings). Deterministic. A merge visits only the words that contain the pair.
     """
     counted = Counter()
     for text in texts:
         counted.update(regex.findall(SHORT_WORDS, text))
-        if len(counted) > MOST_WORDS:  # the rare half goes
+        if len(counted) > MOST_WORDS:  # drop the rare half
             counted = Counter(dict(counted.most_common(MOST_WORDS // 2)))
     frequency = list(counted.values())
     words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in counted]
     ranks = {bytes([b]): b for b in range(256)}
     count = Counter()  # pair -> its occurrences in the text
-    holders = defaultdict(set)  # pair -> words that hold it, by number
+    holders = defaultdict(set)  # pair -> the numbers of the words that contain it
     for number, tokens in enumerate(words):
         for pair in itertools.pairwise(tokens):
             count[pair] += frequency[number]
@@ -46,7 +46,7 @@ def train_bpe(texts, vocab_size):
     while heap and len(ranks) < vocab_size:
         negative, best = heapq.heappop(heap)
         if negative == 0 or -negative != count[best]:
-            continue  # out of date: the true count was pushed when it changed
+            continue  # outdated: the new count was pushed when it changed
         left, right = best
         merged = left + right
         ranks.setdefault(merged, len(ranks))  # two pairs can spell the same bytes
@@ -79,7 +79,7 @@ def train_bpe(texts, vocab_size):
 
 
 def dump_tokenizer(enc):
-    """The fields of a tokenizer, plain values that a checkpoint keeps; ranks: a .tiktoken file."""
+    """A tokenizer as plain values for a checkpoint. ranks has the format of a .tiktoken file."""
     ranks = enc._mergeable_ranks.items()
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
     fields = {"name": enc.name, "pat_str": enc._pat_str, "ranks": "".join(lines)}
@@ -87,7 +87,7 @@ def dump_tokenizer(enc):
 
 
 def load_tokenizer(fields):
-    """The tiktoken.Encoding of dump_tokenizer's fields. Raises ValueError on anything else."""
+    """The tiktoken.Encoding from dump_tokenizer's fields. Raises ValueError for anything else."""
     try:
         ranks = {}
         for line in fields["ranks"].splitlines():
@@ -104,10 +104,10 @@ def load_tokenizer(fields):
 
 
 def cut(blocks, longest=PIECE):
-    """The text that the blocks make together, in pieces of at most `longest` characters.
+    """Cut the concatenated blocks into pieces of at most `longest` characters.
 
-    A cut falls between a letter and a space, where a word ends for every tokenizer, so the tokens
-    are those of the whole; where half a piece has no such place, it falls anywhere.
+    A cut falls between a letter and a space, where every tokenizer ends a word, so the tokens are
+    those of the whole text. If a piece has no such position in its second half, it has full length.
     """
     rest = ""
     for block in blocks:
@@ -124,14 +124,14 @@ def cut(blocks, longest=PIECE):
 
 
 def encode(enc, text):
-    """Any text as uint32 [tokens]; special tokens are plain text, lone surrogates become U+FFFD."""
+    """Any text as uint32 [tokens]. Special tokens are plain text; lone surrogates become U+FFFD."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     parts = [enc.encode_to_numpy(piece, disallowed_special=()) for piece in cut([text])]
     return np.concatenate([np.empty(0, np.uint32), *parts])
 
 
 def token_bytes(enc):
-    """The bytes of each token number below enc.n_vocab; none for special and unused numbers."""
+    """The bytes of each token id below enc.n_vocab; empty for special and unused ids."""
     strings = [b""] * enc.n_vocab
     for token, rank in enc._mergeable_ranks.items():
         strings[rank] = token
@@ -139,12 +139,12 @@ def token_bytes(enc):
 
 
 def printable(text):
-    """Text that cannot steer a terminal: CR goes, controls but newline and tab become U+FFFD."""
+    """Text that is safe on a terminal: no CR; controls except newline and tab become U+FFFD."""
     controls = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
     return re.sub(controls, "\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
 
 
 def one_line(error):
-    """What an exception says, in one line that can be printed."""
+    """The first line of an exception's message, safe to print."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return printable(lines[0])[:400]

@@ -1,13 +1,13 @@
-"""Speed, as ratios measured in one process: python -m lab.bench scan [--device cuda]
+"""Relative speed, measured in one process: python -m lab.bench scan [--device cuda]
 
-    scan        the memory alone, forward and backward: the definition and the chunked form; on a
-                GPU also without the kernel, and under torch.compile
+    scan        the scan alone, forward and backward: as a loop and in chunks; on a GPU also
+                without the kernel, and under torch.compile
     train       forward and backward of 4,096 tokens, by context, for the memory and the baselines
-    generate    one more token, by the length of the context, and the bytes of the state
+    generate    the time per token, and the bytes of the state, by the length of the context
 
-What is compared takes turns in one process, and the median of the turns is taken, so that a machine
-that is busy for a while slows all alike. Before anything is timed, every form of the scan is
-compared with the definition, gradients included. Each measurement is a line of JSON in --out.
+The alternatives take turns in one process, and the median over the turns counts. A machine that is
+busy for a while therefore slows all of them alike. Before anything is timed, every implementation
+of the scan is compared with the loop, gradients included. --out gets one JSON line per measurement.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MODELS = {
 }
 SCANS = [(8, T, 64, 256) for T in (256, 1024, 4096)]  # B, T, m, d
 SHAPE = {"d_model": 256, "n_layer": 4, "n_rows": 64, "k_rows": 16}  # of the models
-TOKENS = 4096  # of a training step
+TOKENS = 4096  # per training step
 TRAIN_CONTEXTS = (256, 512, 1024, 2048, 4096)
 GENERATE_CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 TURNS = {"scan": 7, "train": 7, "generate": 50}
@@ -52,7 +52,7 @@ def processor():
 
 
 def alternate(functions, turns, device):
-    """Calls the functions {name: f} in turn -> {name: median seconds}. The first turn warms up."""
+    """Call the functions {name: f} in turn -> {name: median seconds}. The first turn warms up."""
     seconds = {name: [] for name in functions}
     for turn in range(turns + 1):
         for name, function in functions.items():
@@ -66,7 +66,7 @@ def alternate(functions, turns, device):
 
 
 def measure(functions, beside, device, args, **about):
-    """Time the functions, print them beside the one of that name, and write a line of JSON."""
+    """Time the functions, print them relative to the one named `beside`, and write a JSON line."""
     seconds = alternate(functions, TURNS[args.bench], device)
     print(args.bench, about, flush=True)
     for name, value in seconds.items():
@@ -80,7 +80,7 @@ def measure(functions, beside, device, args, **about):
 
 
 def scan_arguments(B, T, m, d, device):
-    """theta, phi and xbar as of a trained layer: sharp affinities, and theta of 0 and 1."""
+    """theta, phi and xbar like those of a trained layer: sharp affinities, and theta of 0 and 1."""
     generator = torch.Generator().manual_seed(0)
     alpha = torch.softmax(4 * torch.randn(B, T, m, generator=generator), -1)
     theta = alpha * torch.rand(B, T, 1, generator=generator)
@@ -91,13 +91,13 @@ def scan_arguments(B, T, m, d, device):
 
 
 def forward_backward(scan, arguments):
-    """What is read, and the gradients of all arguments."""
+    """The read, and the gradients of all arguments."""
     y = scan(*arguments)[0]
     return [y.detach(), *torch.autograd.grad(y.sum(), arguments)]
 
 
 def scan_forms(device):
-    """{name: a scan}. Raises ValueError if one of them does not compute what the loop does."""
+    """{name: implementation of the scan}. Raises ValueError if one does not match the loop."""
     forms = {"loop": fmem.scan_loop, "chunked": fmem.scan_chunked}
     if device.type == "cuda":
         forms["chunked, no kernel"] = mock.patch.object(fmem, "kernel", None)(fmem.scan_chunked)
@@ -116,14 +116,14 @@ def bench_scan(device, args):
     forms = scan_forms(device)
     for B, T, m, d in SCANS:
         arguments = scan_arguments(B, T, m, d, device)
-        if B * T * m * d > 2**28:  # for the gradient the loop keeps several times that
+        if B * T * m * d > 2**28:  # the loop stores several times that for its gradient
             forms.pop("loop", None)
         runs = {name: partial(forward_backward, scan, arguments) for name, scan in forms.items()}
         measure(runs, "chunked", device, args, B=B, T=T, m=m, d=d)
 
 
 def make_models(device):
-    """{name: a model of MODELS}, all with as many parameters as the paper's."""
+    """{name: model} for MODELS, all with as many parameters as the paper's."""
     models = {}
     for name, (layer, arguments) in MODELS.items():
         d_mlp = matched_d_mlp(fmem.FMemConfig(**SHAPE), layer, arguments)
@@ -153,7 +153,7 @@ def bench_train(device, args):
 
 
 def state_after(model, context, device):
-    """A state with the size and cost of one after `context` tokens; attention's cache is noise."""
+    """A state as large and costly as after `context` tokens; attention's cache is random."""
     _, state = model(torch.zeros(1, device=device, dtype=torch.long))
     if model.layer_name != "Attention":
         return state
@@ -168,7 +168,7 @@ def count_bytes(state):
 
 
 def stepper(model, state, device):
-    """A function of which each call is one more token, from the state that the last one left."""
+    """A function that reads one more token per call, from the state after the previous call."""
     token = torch.zeros(1, device=device, dtype=torch.long)
 
     @torch.inference_mode()
@@ -205,7 +205,7 @@ def main(argv=None):
     parser.add_argument("--out", default="bench.jsonl", help="file to append to (bench.jsonl)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no GPU for --device cuda")
+        parser.error("PyTorch finds no GPU; use --device cpu")
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     with one_line_errors("lab.bench"):

@@ -1,14 +1,14 @@
-"""What a trained model can do: python -m lab.evaluate CHECKPOINT --loss --long --recall --routing
+"""Evaluate a trained model: python -m lab.evaluate CHECKPOINT --loss --long --recall --routing
 
-    --loss     the validation text in windows of the training length: the loss, and the loss by
+    --loss     the loss on the validation text in windows of the training length, in total and by
                position in the window
-    --long     the same text in windows of up to --times times the training length, with the state
-               carried: does a longer past help, or hurt?
-    --recall   for models of the recall tasks: the share of right answers by number of pairs, or by
-               the distance of the passkey, up to --times times the training length
-    --routing  what the rows of the memory do: how many are used, and how long they hold
+    --long     the loss in windows of up to --times times the training length, with the state
+               carried along: does a longer context help or hurt?
+    --recall   for models of the recall tasks: the accuracy by number of pairs, or by distance of
+               the passkey, up to --times times the training length
+    --routing  how many rows of the memory are used, and how long they keep their contents
 
-Prints a line of JSON per result; the same checkpoint and options always give the same numbers on
+Prints a line of JSON per result. The same checkpoint and options always give the same numbers on
 the same machine. All but --recall need the prepared data that the model was trained on.
 """
 
@@ -29,9 +29,9 @@ from train import one_line_errors, pick_device
 
 
 def text_losses(model, tokens, length, device):
-    """Nats of each token but the first, in windows of `length`: float64 [n] for tokens [n + 1]."""
+    """Losses in windows of `length`: tokens [n + 1] -> nats of all but the first, float64 [n]."""
     n = len(tokens) - 1
-    padded = F.pad(tokens, (0, -n % length), value=-100)  # what fills the last window is no target
+    padded = F.pad(tokens, (0, -n % length), value=-100)  # padding in the last window is ignored
     inputs = padded[:-1].clamp_min(0).view(-1, length)
     targets = padded[1:].view(-1, length)
     nats, _ = score(model, inputs, targets, device)
@@ -39,7 +39,7 @@ def text_losses(model, tokens, length, device):
 
 
 def loss_by_position(model, tokens, context, n_bytes, device):
-    """The loss of the whole text, then that of the positions 1 to 8, 9 to 16, 17 to 32, ..."""
+    """The loss of the whole text, then the loss at the positions 1 to 8, 9 to 16, 17 to 32, ..."""
     losses = text_losses(model, tokens, context, device)
     yield {
         "result": "loss",
@@ -61,10 +61,10 @@ def loss_by_position(model, tokens, context, n_bytes, device):
 def loss_beyond(model, tokens, context, times, device):
     """The loss in windows of 1, 2, 4, ... `times` times the training length.
 
-    mean is that of all tokens: what a text of this length has. at_end is the loss in the second
-    half of the windows. Other positions are other tokens, some of them easier; so what is measured
-    is how much the loss of the *same* tokens changes against windows of the training length, and
-    that is added to the loss there. Raises ValueError for a text that is too short.
+    mean is the loss of all tokens. at_end is the loss in the second half of the windows. Different
+    positions hold different tokens, some of them easier. So at_end is the loss in the second half
+    of windows of the training length, plus the change of the loss of the *same* tokens between
+    the two lengths. Raises ValueError for a text that is too short.
     """
     lengths = [context * 2**i for i in range(int(math.log2(times)) + 1)]
     n = (len(tokens) - 1) // lengths[-1] * lengths[-1]
@@ -89,7 +89,7 @@ def loss_beyond(model, tokens, context, times, device):
 
 
 def right_answers(model, task, count, hard, device):
-    """The share of right answers in `count` windows that no training reads, as hard as given."""
+    """The accuracy on `count` held-out windows. hard: their difficulty."""
     windows = task.windows(0, count, hard, held_out=True)
     targets = task.targets(windows)
     nats, right = score(model, windows[:, :-1], targets, device)
@@ -102,7 +102,7 @@ def right_answers(model, task, count, hard, device):
 
 
 def recall_by_pairs(model, context, device, count=256):
-    """Associative recall with 4, 8, 16, ... pairs, as many as fit the training length."""
+    """Associative recall with 4, 8, 16, ... pairs, up to the most that fit the training length."""
     task = TASKS["mqar"](SimpleNamespace(context=context, seed=0))
     pairs = LEAST_PAIRS
     while pairs <= min(context // 4, KEYS):
@@ -112,7 +112,7 @@ def recall_by_pairs(model, context, device, count=256):
 
 
 def recall_by_distance(model, context, times, device):
-    """The passkey at the start of windows from a quarter of the training length to times it."""
+    """The passkey at the start of windows from 1/4 to `times` times the training length."""
     length = context // 4
     while length <= context * times:
         distance = length - 2 * PASSKEY_LENGTH - 1  # the most that fits in a window
@@ -125,7 +125,7 @@ def recall_by_distance(model, context, times, device):
 
 
 def describe_rows(theta, phi):
-    """What the rows of a layer do; theta, phi [n, m] of n tokens, the routed rows alone."""
+    """Statistics of a layer's rows; theta, phi [n, m] of n tokens, for the routed rows only."""
     theta = theta.double()
     eta = theta.sum(-1)  # the affinities of a token add up to 1
     alpha = theta / eta[:, None]
@@ -133,15 +133,15 @@ def describe_rows(theta, phi):
     def effective_number(p):
         return torch.special.entr(p).sum(-1).exp().mean().item()
 
-    # A row keeps a share of prod (1 - theta); so many tokens take half of what it held.
+    # A row keeps the share prod (1 - theta). Its half-life is the number of tokens until it is 1/2.
     lost = -torch.log1p(-theta.clamp(max=1 - 1e-9)).mean(0)
     half_life = math.log(2) / lost.clamp_min(1e-12)
     quarters = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
     return {
         "rows": theta.shape[-1],
         "rows_per_token": effective_number(alpha),  # after the top k
-        "rows_used": effective_number(alpha.mean(0)),  # by all tokens together
-        "half_life": torch.quantile(half_life, quarters).tolist(),  # least, quartiles, most
+        "rows_used": effective_number(alpha.mean(0)),  # by all tokens
+        "half_life": torch.quantile(half_life, quarters).tolist(),  # minimum, quartiles, maximum
         "eta": eta.mean().item(),
         "mu": phi.double().sum(-1).mean().item(),
     }
@@ -149,15 +149,15 @@ def describe_rows(theta, phi):
 
 @torch.no_grad()
 def routing(model, tokens, context, device):
-    """What the routed rows of each layer do with a text [n], in windows of the training length.
+    """Statistics of each layer's routed rows for tokens [n], in windows of the training length.
 
     Raises ValueError for a model without rows, or a text shorter than a window.
     """
     if not all(hasattr(block.memory, "scan_inputs") for block in model.blocks):
-        raise ValueError(f"--routing is about the rows of the memory; {model.layer_name} has none")
+        raise ValueError(f"--routing needs memory rows; {model.layer_name} has none")
     windows = tokens[: len(tokens) // context * context].view(-1, context)
     if len(windows) == 0:
-        raise ValueError(f"the text has {len(tokens)} tokens, fewer than the context, {context}")
+        raise ValueError(f"the text has {len(tokens)} tokens, fewer than the context of {context}")
     weights = {block.memory: [] for block in model.blocks}
 
     def note(memory, arguments):
@@ -176,7 +176,7 @@ def routing(model, tokens, context, device):
 
 
 def held_out_text(saved, folder=None):
-    """The validation tokens of a checkpoint's data, int64, and their number of bytes but the first.
+    """The validation tokens (int64) of a checkpoint's data, and the bytes of all but the first.
 
     Raises ValueError if the folder was prepared with another tokenizer.
     """
@@ -189,7 +189,7 @@ def held_out_text(saved, folder=None):
 
 
 def evaluate(model, saved, args, device):
-    """The results that the options ask for, one after the other."""
+    """Yield the results that the options select."""
     context = saved["settings"]["context"]
     is_text = saved["tokenizer"] is not None
     if args.recall and is_text:
@@ -212,7 +212,7 @@ def evaluate(model, saved, args, device):
 
 
 def rounded(value):
-    """Floats to six digits, also in a list."""
+    """Round floats to six digits, also in a list."""
     if isinstance(value, list):
         return [rounded(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -224,10 +224,10 @@ def main(argv=None):
     parser.add_argument("--loss", action="store_true", help="loss, and loss by position")
     parser.add_argument("--long", action="store_true", help="loss beyond the training length")
     parser.add_argument("--recall", action="store_true", help="accuracy on a recall task")
-    parser.add_argument("--routing", action="store_true", help="what the rows of the memory do")
+    parser.add_argument("--routing", action="store_true", help="how the memory rows are used")
     parser.add_argument("--times", type=int, default=128, help="longest, in training lengths [128]")
-    parser.add_argument("--tokens", type=int, default=2**17, help="of --long, --routing [131072]")
-    parser.add_argument("--data", help="prepared folder [that of the training]")
+    parser.add_argument("--tokens", type=int, default=2**17, help="for --long, --routing [131072]")
+    parser.add_argument("--data", help="prepared folder [as in training]")
     parser.add_argument("--device", default="auto", help="cuda, cpu, ..., or auto [auto]")
     args = parser.parse_args(argv)
     if not (args.loss or args.long or args.recall or args.routing):

@@ -183,6 +183,10 @@ def run(name, command):
     trains = "lab.evaluate" not in words
     if trains:
         words += ["--out", str(folder), "--overwrite"]
+    elif not (ROOT / words[3]).is_file():  # its training has a result, but no checkpoint any more
+        group, _, rest = name.partition("/")
+        trained = f"{EVALUATIONS[group][0]}/{rest}"
+        run(trained, runs_of(EVALUATIONS[group][0], read_runs())[trained])
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)

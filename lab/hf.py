@@ -5,10 +5,10 @@
     tokenizer = AutoTokenizer.from_pretrained("exported", trust_remote_code=True)
     tokens = model.generate(**tokenizer("ROMEO:", return_tensors="pt"), max_new_tokens=100)
 
-The folder holds weights, tokenizer, the model's code, and SHA256SUMS for `sha256sum --check`. A
-text becomes the same tokens as here, after an <|endoftext|> that marks its beginning, as in
-training; but, as in other tokenizers of the library, "<|endoftext|>" in a text is that token, and
-not its characters. For the paper's layer and ExtendedMemory.
+The folder holds weights, tokenizer, the model's code, and SHA256SUMS for `sha256sum --check`. Text
+becomes the same tokens as here, after an initial <|endoftext|>, as in training. But as in the
+library's other tokenizers, "<|endoftext|>" in a text becomes that token, and is not plain text. The
+paper's layer and ExtendedMemory can be exported.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CODE = ("lab/modeling_fmem.py", "lab/layers.py", "fmem.py", "kernel.py", "LICENS
 
 
 def probes(count, seed=0):
-    """Random texts of few letters, and of many scripts, which show how a tokenizer cuts."""
+    """Random texts, of few letters and of many scripts, that show how a tokenizer splits."""
     draw = random.Random(seed)
     alphabets = ["ab", "\r\n\t a'", "1 2a", "'s t", "  \u00a0\u3000.", "<|end>", "etaoinsh"]
     for start in (0x20, 0xA0, 0x370, 0x900, 0x1E00, 0x3040, 0x4E00, 0xAC00, 0x1F300):
@@ -39,21 +39,21 @@ def probes(count, seed=0):
 
 
 def fast_tokenizer(enc):
-    """tiktoken.Encoding -> tokenizers.Tokenizer. Raises ValueError if a text gets other tokens."""
+    """tiktoken.Encoding -> tokenizers.Tokenizer. Raises ValueError if their tokens differ."""
     from tokenizers import processors
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    # tokenizers reads {1,3}+ not as possessive, but as a repetition of {1,3}: say it as (?>...).
+    # tokenizers takes {1,3}+ for a repetition of {1,3}, not for possessive, so use (?>...).
     pattern = re.sub(r"(\\p\{\w+\}|\[[^]]*\])(\{\d+,\d+\})\+", r"(?>\1\2)", enc._pat_str)
     special = sorted(enc._special_tokens, key=enc._special_tokens.get)
     converter = TikTokenConverter(enc._mergeable_ranks, pattern, extra_special_tokens=special)
-    converter.load_tiktoken_bpe = dict  # it would read a file; the ranks are here already
+    converter.load_tiktoken_bpe = dict  # it would read a file, but the ranks are given
     tokenizer = converter.converted()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{EOT} $A", special_tokens=[(EOT, enc.eot_token)]
     )
-    if tokenizer.token_to_id(EOT) != enc.eot_token:  # there are gaps in its numbers
-        raise ValueError(f"the tokenizer {enc.name} cannot be exported: {EOT} has a new number")
+    if tokenizer.token_to_id(EOT) != enc.eot_token:  # its ids have gaps
+        raise ValueError(f"the tokenizer {enc.name} cannot be exported: {EOT} has a new id")
     for text in probes(2000):
         if tokenizer.encode(text, add_special_tokens=False).ids != encode(enc, text).tolist():
             raise ValueError(f"the tokenizer {enc.name} cannot be exported: {text[:40]!r} differs")
@@ -61,12 +61,12 @@ def fast_tokenizer(enc):
 
 
 def export(checkpoint, out):
-    """Write the new folder `out` for a checkpoint file. Raises ValueError or OSError, one line."""
+    """Export a checkpoint file to the new folder `out`. Raises a one-line ValueError or OSError."""
     try:
         from safetensors.torch import save
         from transformers import PreTrainedTokenizerFast
     except ImportError as error:
-        raise ValueError(f"exporting needs pip install transformers safetensors: {error}") from None
+        raise ValueError(f"{error}; run pip install transformers safetensors") from None
     model, saved = fmem.load(checkpoint)
     if model.layer_name not in ("FactorizationMemory", "ExtendedMemory"):
         raise ValueError(f"{model.layer_name} cannot be exported; transformers has its own")
@@ -116,7 +116,7 @@ def export(checkpoint, out):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="lab.hf", description="Export for transformers.")
     parser.add_argument("checkpoint", type=Path, help="a file that train.py saved")
-    parser.add_argument("--out", type=Path, required=True, help="folder, which must not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
     args = parser.parse_args(argv)
     with one_line_errors("lab.hf"):
         export(args.checkpoint, args.out)

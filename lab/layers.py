@@ -1,4 +1,4 @@
-"""Layers that stand in the memory's place: two baselines, and extensions of ours.
+"""Layers that can replace the memory: two baselines, and our extensions of the memory.
 
     ExtendedMemory   the memory with a short convolution, a gate, a shared row or a shifted write
     Attention        LLaMA's attention
@@ -6,9 +6,9 @@
 
 Each has the interface of `fmem.FactorizationMemory` (forward, step, init_weights), so that block,
 model, training and sampling are the same for all: `FMem(config, layer=Mamba2)`. Each can have the
-same short convolution: a comparison between a layer that sees the previous token directly and one
-that does not would say little. A sequence may be split anywhere into calls; what comes before its
-first token is zero.
+same short convolution. Comparing a layer that sees the previous token directly with one that does
+not would tell us little. A sequence can be split anywhere into several calls. The inputs before its
+first token are zero.
 """
 
 import math
@@ -21,9 +21,9 @@ from fmem import FactorizationMemory, recurrence, scan_loop, upcast
 
 
 def join(past, x, count):
-    """The `count` tokens before x [B, T, c], zeros where past is None, then x: [B, count + T, c].
+    """Prepend the `count` inputs before x [B, T, c], zeros if past is None: [B, count + T, c].
 
-    Returns that, and its last `count` tokens: the past of the next call.
+    Returns that, and its last `count` inputs: the past of the next call.
     """
     if past is None:
         past = x.new_zeros(len(x), count, x.shape[-1])
@@ -32,7 +32,7 @@ def join(past, x, count):
 
 
 class ShortConv(nn.Module):
-    """A causal depthwise convolution, then SiLU, as in Mamba: a token sees those before it.
+    """A causal depthwise convolution followed by SiLU, as in Mamba.
 
         y_t[c] = silu(bias[c] + sum_j weight[c, j] x_{t - j}[c])     j = 0 ... width - 1
 
@@ -48,7 +48,7 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x):
-        """x [B, width - 1 + T, c], with the tokens before the first one wanted -> y [B, T, c]."""
+        """x [B, width - 1 + T, c], from width - 1 tokens before the first output -> y [B, T, c]."""
         T = x.shape[1] - self.width + 1
         y = self.bias
         for j in range(self.width):
@@ -64,16 +64,16 @@ class ShortConv(nn.Module):
 class ExtendedMemory(FactorizationMemory):
     """The memory with any of four extensions. They are ours; the paper has none of them.
 
-    conv: a short convolution of this width, 0 for none. u = ShortConv(x) stands in place of x in
-        eqs. 4, 5, 6 and 9. Without it u = x.
-    shift: the previous token takes part in the write's routing. Of the logits l_t = W_alpha u_t,
+    conv: a short convolution of this width, 0 for none. u = ShortConv(x) replaces x in eqs. 4, 5, 6
+        and 9. Without it u = x.
+    shift: the previous token contributes to the routing of the write. With l_t = W_alpha u_t,
             alpha of the read  = softmax(l_t / tau)
             alpha of the write = softmax(((1 - lambda) l_t + lambda l_{t-1}) / tau)
-        each with a top k of its own; lambda = sigmoid(shift) is one number per layer. So what
-        follows a key is written to the key's rows, where the key will look for it.
-    shared_row: the last of the m rows is outside the softmax. Every token writes and reads it, at
-        rates of their own, theta[m-1], phi[m-1] = sigmoid(W_shared u), besides the k of the other
-        m - 1 rows that it is routed to.
+        Each has its own top k. lambda = sigmoid(shift) is one number per layer. So the value after
+        a key is written to the key's rows, which the key reads later.
+    shared_row: the last of the m rows is outside the softmax. Every token writes and reads it, with
+        separate rates, theta[m-1], phi[m-1] = sigmoid(W_shared u). It is also routed to k of the
+        other m - 1 rows.
     gate: the read is gated and normalised, y = W_o norm(read * silu(W_g x)).
 
     State: (h [B, m, d], the last conv - 1 + shift inputs [B, ., d_model]).
@@ -100,16 +100,16 @@ class ExtendedMemory(FactorizationMemory):
         return torch.zeros_like(logits).scatter(-1, rows, torch.softmax(top, -1))
 
     def scan_inputs(self, x, state=None):
-        """As the memory's: x [B, T, d_model] -> theta, phi [B, T, m], xbar [B, T, d].
+        """Like the memory's: x [B, T, d_model] -> theta, phi [B, T, m], xbar [B, T, d].
 
-        state: the layer's, before x.
+        state: the layer's state before x.
         """
         _, past = state or (None, None)
         u, _ = join(past, x, self.n_past)
         if self.conv is not None:
             u = self.conv(u)  # [B, T, d_model], or T + 1 tokens with a shift
         with torch.autocast(x.device.type, enabled=False):
-            if self.W_alpha.weight.is_floating_point():  # not so if it is quantised
+            if self.W_alpha.weight.is_floating_point():  # false if it is quantised
                 u = u.to(self.W_alpha.weight.dtype)
             logits = upcast(self.W_alpha(u))
             if self.shift is None:
@@ -127,14 +127,14 @@ class ExtendedMemory(FactorizationMemory):
                 rates = torch.sigmoid(upcast(self.W_shared(u)))
                 theta = torch.cat([theta, rates[..., :1]], -1)
                 phi = torch.cat([phi, rates[..., 1:]], -1)
-        xbar = self.W_i(u) * x.any(-1, keepdim=True)  # eq. 9; an input of zeros, padding, writes 0
+        xbar = self.W_i(u) * x.any(-1, keepdim=True)  # eq. 9; padding, an input of 0, writes 0
         return theta, phi, xbar
 
     def forward(self, x, state=None):
-        """x [B, T, d_model] -> y [B, T, d_model], state after x. The state given is not changed."""
+        """x [B, T, d_model] -> y [B, T, d_model], state after x. The given state is not changed."""
         h, past = state or (None, None)
         theta, phi, xbar = self.scan_inputs(x, state)
-        if x.shape[1] == 1:  # one turn of the loop costs less than a chunk
+        if x.shape[1] == 1:  # one loop iteration costs less than a chunk
             y, h = scan_loop(theta, phi, xbar, h, self.config.norm_eps)
         else:
             y, h = self.scan(theta, phi, xbar, h)
@@ -163,8 +163,8 @@ class ExtendedMemory(FactorizationMemory):
 def rotate(x, start, base=10000.0):
     """Rotary positions (RoFormer, arXiv 2104.09864) in LLaMA's layout: x [B, heads, T, D].
 
-    Channels i and i + D/2 turn together, by the angle position * base^(-2i / D); the first of the T
-    tokens has position `start`.
+    Channels i and i + D/2 rotate together, by the angle position * base^(-2i / D). The first of the
+    T tokens has position `start`.
     """
     T, D = x.shape[-2:]
     exact = torch.float32 if x.device.type in ("mps", "xpu") else torch.float64
@@ -178,15 +178,15 @@ def rotate(x, start, base=10000.0):
 
 
 class Attention(nn.Module):
-    """LLaMA's causal attention, with rotary positions; groups of heads may share keys and values.
+    """LLaMA's causal attention, with rotary positions. Groups of heads can share keys and values.
 
         q_t, k_t, v_t = W_q u_t, W_k u_t, W_v u_t       in heads of width D; q and k are rotated
         y_t = W_o concat_heads( sum_{s<=t} softmax_s(q_t . k_s / sqrt(D)) v_s )
 
-    u is x; with conv, a short convolution of that width over x. n_head: heads, None for heads of
-    width 32; n_kv_head: heads of keys and values, None for n_head.
+    u is x; with conv, a short convolution of that width over x. n_head: number of heads, None for
+    heads of width 32. n_kv_head: number of key-value heads, None for n_head.
 
-    State: (keys and values [2, B, n_kv_head, at least n, D], n, the number of tokens so far, the
+    State: (keys and values [2, B, n_kv_head, at least n, D], the number n of tokens so far, the
     last conv - 1 inputs).
     """
 
@@ -208,11 +208,11 @@ class Attention(nn.Module):
         self.W_o = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x, state=None):
-        """x [B, T, d_model] -> y [B, T, d_model], state after x. The state given is not changed."""
+        """x [B, T, d_model] -> y [B, T, d_model], state after x. The given state is not changed."""
         return self.attend(x, state, in_place=False)
 
     def step(self, x_t, state=None):
-        """One token: x_t [B, d_model] -> y_t, state. Without gradients the cache is changed."""
+        """One token: x_t [B, d_model] -> y_t, state. Without gradients it updates the cache."""
         y, state = self.attend(x_t[:, None], state, in_place=not torch.is_grad_enabled())
         return y[:, 0], state
 
@@ -231,11 +231,11 @@ class Attention(nn.Module):
             cache = new
         elif in_place and n + T <= cache.shape[3]:
             cache[:, :, :, n : n + T] = new
-        else:  # steps leave space for half as many again, so that few of them copy the cache
+        else:  # steps reserve space for half as many again, so that few of them copy the cache
             spare = new.new_zeros(*new.shape[:3], n // 2 if in_place else 0, self.D)
             cache = torch.cat([cache[:, :, :, :n].to(new.dtype), new, spare], 3)
         k, v = cache[:, :, :, : n + T].to(q.dtype)
-        # Token t sees the cache up to itself. With an empty one, PyTorch has a fast way to say so.
+        # Token t sees the cache up to itself. For an empty cache, PyTorch has a fast path.
         mask = None
         if n > 0 and T > 1:
             mask = torch.ones(T, n + T, dtype=torch.bool, device=x.device).tril(n)
@@ -254,17 +254,17 @@ class Attention(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """Mamba-2 (Dao and Gu, arXiv 2405.21060), initialised as by its authors.
+    """Mamba-2 (Dao and Gu, arXiv 2405.21060), with its authors' initialisation.
 
-    H heads of P channels, and N numbers for each channel:
+    H heads of P channels, with N state values per channel:
 
         z, u, delta = W_in x;   X, B, C = ShortConv(u);   delta = softplus(delta + bias)   [H]
-        S_t = exp(delta_t A) S_{t-1} + delta_t X_t B_t^T        [P, N], A < 0, a number per head
+        S_t = exp(delta_t A) S_{t-1} + delta_t X_t B_t^T        [P, N], A < 0, one per head
         Y_t = S_t C_t + D X_t
         y_t = W_o norm(Y_t * silu(z_t))
 
-    n_head: H, None for heads of width 64; d_state: N; conv: width of the convolution, which is part
-    of Mamba-2; with 1 it sees no other token.
+    n_head: H, None for heads of width 64. d_state: N. conv: width of the convolution, which is part
+    of Mamba-2. A convolution of width 1 sees no other token.
 
     State: (S [B, H, P, N] in float32, the last conv - 1 inputs of the convolution).
     """
@@ -288,7 +288,7 @@ class Mamba2(nn.Module):
         self.W_o = nn.Linear(inner, config.d_model, bias=False)
 
     def forward(self, x, state=None):
-        """x [B, T, d_model] -> y [B, T, d_model], state after x. The state given is not changed."""
+        """x [B, T, d_model] -> y [B, T, d_model], state after x. The given state is not changed."""
         S, past = state or (None, None)
         z, u, delta = self.W_in(x).split(self.parts, -1)
         u, past = join(past, u, self.n_past)
@@ -312,7 +312,7 @@ class Mamba2(nn.Module):
         self.conv.init_weights()
         with torch.no_grad():
             delta = self.delta_bias.uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
-            self.delta_bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # softplus gives delta
+            self.delta_bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus
             self.A_log.uniform_(1, 16).log_()
         nn.init.ones_(self.D)
         init(self.W_o.weight, branch_scale)
@@ -324,7 +324,7 @@ SSD_CHUNK = 64
 def scan_ssd(X, delta, A, B, C, S):
     """Mamba-2's recurrence in matrix products (section 6 of its paper).
 
-    Inside a chunk it is attention with the decays for a mask; from chunk to chunk it is the state.
+    Inside a chunk it is attention, masked by the decays. Between chunks it passes on the state.
     X [b, T, H, P], delta [b, T, H], A [H], B and C [b, T, N], S [b, H, P, N] -> Y like X, last S.
     """
     T = X.shape[1]
@@ -335,7 +335,7 @@ def scan_ssd(X, delta, A, B, C, S):
         return (S @ C[:, 0, None, :, None])[:, None, ..., 0], S
     chunk = min(SSD_CHUNK, T)
 
-    def chunks(v):  # [b, T, ...] -> [b, n, c, ...]; what fills the last chunk has a delta of 0
+    def chunks(v):  # [b, T, ...] -> [b, n, c, ...]; padding in the last chunk has delta 0
         fill = (0, 0) * (v.dim() - 2) + (0, -T % chunk)
         return F.pad(v, fill).unflatten(1, (-1, chunk))
 
@@ -344,7 +344,7 @@ def scan_ssd(X, delta, A, B, C, S):
     C = chunks(C)
     G = chunks(delta * A).transpose(2, 3).cumsum(-1)  # [b, n, H, c] logarithms of the decays
 
-    # Masked before exp: above the diagonal the exponents are positive, and may overflow.
+    # Masked before exp: above the diagonal the exponents are positive and could overflow.
     below = torch.ones(chunk, chunk, dtype=torch.bool, device=X.device).tril()
     L = (G[..., :, None] - G[..., None, :]).masked_fill(~below, -math.inf).exp()  # [b, n, H, c, c]
     Y = (L * (C @ B.mT)[:, :, None]) @ X  # [b, n, H, c, P]
@@ -358,9 +358,9 @@ def scan_ssd(X, delta, A, B, C, S):
 
 
 def matched_d_mlp(config, layer, layer_arguments=None):
-    """The d_mlp that makes a model with this layer as large as the paper's model of `config`.
+    """The d_mlp that gives a model with this layer as many parameters as the paper's with `config`.
 
-    To the nearest multiple of 8. Raises ValueError if the MLP is too small for that.
+    It is rounded to a multiple of 8. Raises ValueError if the MLP is too small to compensate.
     """
 
     def parameters(layer, arguments):
@@ -371,7 +371,7 @@ def matched_d_mlp(config, layer, layer_arguments=None):
     d_mlp = config.d_mlp - round(extra / (3 * config.d_model) / 8) * 8
     if d_mlp < 1:
         raise ValueError(
-            f"{layer.__name__} has {extra:,} more parameters than the memory, which the MLP is too "
-            "small to make up for; set d_mlp, or make the layer smaller"
+            f"{layer.__name__} has {extra:,} more parameters than the memory, and the MLP is too "
+            "small to compensate; set d_mlp, or make the layer smaller"
         )
     return d_mlp

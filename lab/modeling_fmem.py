@@ -1,7 +1,7 @@
 """The model for transformers: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
 
-lab/hf.py copies this file into DIR, beside those that it imports. The blocks are those of fmem.py;
-here is what joins the two sides: config, state (the library's cache), padding, outputs.
+lab/hf.py copies this file into DIR, with those that it imports. The blocks are those of fmem.py.
+This file adapts them to the library: config, state (the library's cache), padding, outputs.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .fmem import EMBED_STD, Block, FactorizationMemory, FMemConfig
 from .layers import ExtendedMemory
 
-if TYPE_CHECKING:  # transformers brings along the files named here; fmem.py imports this one
+if TYPE_CHECKING:  # makes transformers copy kernel.py, which fmem.py imports
     from .kernel import recurrence  # noqa: F401
 
 LAYERS = {"FactorizationMemory": FactorizationMemory, "ExtendedMemory": ExtendedMemory}
 FIELDS = [field for field in dataclasses.fields(FMemConfig) if field.name != "tie_embeddings"]
 
-# The output that generate hands back to the next call: versions before 5.24 name it
-# past_key_values. Under another name each new token would be read into an empty memory.
+# The output that generate passes on to the next call. Versions before 5.24 call it
+# past_key_values. With the wrong name, each new token would start from an empty memory.
 OUTPUTS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 STATE = "cache" if "cache" in OUTPUTS else "past_key_values"
 
@@ -50,14 +50,14 @@ class FMemHFConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def fmem_config(self):
-        """Raises ValueError for a field that cannot work."""
+        """The FMemConfig. Raises ValueError for an invalid field."""
         return FMemConfig(**{field.name: getattr(self, field.name) for field in FIELDS})
 
 
 class State:
     """The memory of a batch of sequences after `length` tokens, padding included."""
 
-    is_compileable = False  # what generate asks a cache
+    is_compileable = False  # generate reads these three from a cache
     is_croppable = False
     is_linear = (False,)
 
@@ -69,11 +69,11 @@ class State:
         return self.length
 
     def reorder_cache(self, beam_idx):
-        """For beam search: sequence i is continued from what sequence beam_idx[i] was."""
+        """For beam search: sequence i continues from the state of sequence beam_idx[i]."""
         self.layers = pytree.tree_map_only(Tensor, lambda part: part[beam_idx], self.layers)
 
     def batch_repeat_interleave(self, repeats):
-        """A new State: each sequence `repeats` times, for as many continuations."""
+        """A new State with each sequence `repeats` times, for as many continuations."""
         layers = [part.repeat_interleave(repeats, 0) for part in pytree.tree_leaves(self.layers)]
         return State(pytree.tree_unflatten(layers, pytree.tree_structure(self.layers)), self.length)
 
@@ -84,7 +84,7 @@ pytree.register_pytree_node(
 
 
 class FMemBlock(GradientCheckpointingLayer, Block):
-    """fmem.Block, which the library can checkpoint."""
+    """fmem.Block with the library's gradient checkpointing."""
 
 
 class FMemPreTrainedModel(PreTrainedModel):
@@ -92,12 +92,12 @@ class FMemPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FMemBlock"]  # noqa: RUF012 (transformers reads the name)
-    _is_stateful = True  # what was read cannot be taken back
+    _is_stateful = True  # the state cannot be rolled back
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """For weights that a checkpoint lacks; transformers guards those that it has. It calls this
-        for modules with weights of their own, so a block is drawn when one of its parts is.
+        """Initialise weights that a checkpoint lacks; transformers guards the others. It calls this
+        for modules that own weights, so a block is initialised when one of its parts is.
         """
         for block in self.modules():
             if isinstance(block, FMemBlock) and module in block.modules():
@@ -143,12 +143,12 @@ class FMemModel(FMemPreTrainedModel):
     ):
         """input_ids [B, T], or inputs_embeds [B, T, d_model] -> hidden states, and the state.
 
-        attention_mask [B, at least T]: 0 for padding; of a longer one the last T columns count.
-        Padding on the left leaves the memory empty, exactly. After a token, it makes rows decay: it
-        comes too late for the outputs that count, but such a state should not be continued.
+        attention_mask [B, at least T]: 0 for padding; only the last T columns are used.
+        Padding on the left leaves the memory exactly empty. Padding after a token makes rows decay.
+        This does not affect the outputs that count, but do not continue from such a state.
         cache, or past_key_values: the State that an earlier call returned; it is not changed.
-        tokenizer, which generate hands on, is not needed. Raises ValueError for what the model does
-        not know.
+        tokenizer, which generate passes on, is ignored. Raises ValueError for arguments that the
+        model does not support.
         """
         refused = [k for k, value in unknown.items() if value is not None and value is not False]
         if refused:
@@ -202,12 +202,12 @@ class FMemForCausalLM(FMemPreTrainedModel, GenerationMixin):
         return_dict=None,
         **options,
     ):
-        """As FMemModel, with logits [B, T, vocab_size], and with labels [B, T] the loss.
+        """Like FMemModel, with logits [B, T, vocab_size], and the loss if labels [B, T] are given.
 
-        logits_to_keep: of the last so many tokens, or of those at these indices. labels: -100 where
-        there is no loss.
+        logits_to_keep: the number of last tokens that get logits, or the indices of tokens.
+        labels: -100 for tokens without a loss.
         """
-        shift_labels = options.pop("shift_labels", None)  # the Trainer takes a name here for labels
+        shift_labels = options.pop("shift_labels", None)  # a parameter would count as labels
         base = self.model(input_ids, attention_mask, **options)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(base.last_hidden_state[:, kept])
@@ -224,7 +224,7 @@ class FMemForCausalLM(FMemPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args, **kwargs):
         count = kwargs.get("next_sequence_length")
         if count is not None and count < 1:
-            raise ValueError("generate takes all tokens so far, more than the state has read")
+            raise ValueError("generate needs all tokens so far, at least one of them unread")
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
 

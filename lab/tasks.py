@@ -1,12 +1,12 @@
 """Recall tasks, generated window by window: `python -m lab.train --data mqar`, or passkey.
 
-    mqar      k1 v1 k2 v2 ... kn vn ? k7 v7 k2 v2 k7 v7 ...    associative recall of many queries
-              (Zoology, arXiv 2312.04927): n keys with random values, then any of the keys is asked
-              for at any time, so that values which have not come yet say nothing about the next
-    passkey   noise ... ! d1 d2 d3 d4 noise ... ? d1 d2 d3 d4  four random digits to be kept while
-              noise goes by
+    mqar      k1 v1 k2 v2 ... kn vn ? k7 v7 k2 v2 k7 v7 ...    multi-query associative recall
+              (Zoology, arXiv 2312.04927): n keys with random values, then queries. Any key can be
+              queried at any time, so earlier answers do not narrow down the next one.
+    passkey   noise ... ! d1 d2 d3 d4 noise ... ? d1 d2 d3 d4  four random digits to remember
+              during noise
 
-Only the answers, which follow the "?", count: nothing else can be predicted.
+Only the answers after the "?" count, since nothing else is predictable.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 KEYS = 64  # tokens 0 ... 63: the keys, or the noise
-VALUES = 64  # tokens 64 ... 127: the values, of which the first ten are the digits
+VALUES = 64  # tokens 64 ... 127: the values; the first ten are the digits
 DIGITS = 10
 PASSKEY_LENGTH = 4
 ASK = 128  # "?"
@@ -25,16 +25,16 @@ VOCAB_SIZE = 130
 
 LEAST_PAIRS = 4
 VALIDATION_WINDOWS = 256
-TOKENS_AT_ONCE = 2048  # that go through a model together in `score`
+TOKENS_AT_ONCE = 2048  # per call of the model in `score`
 
 
 @torch.no_grad()
 def score(model, inputs, targets, device, autocast=contextlib.nullcontext):
     """Nats of each target, float64 [count, length], and whether it is the top prediction, bool.
 
-    inputs, targets [count, length], each sequence read from an empty state; the target is -100
-    where none counts: it has 0 nats, and is not right. A long sequence goes through the model in
-    pieces, with the state between them, and needs no more memory than a short one.
+    inputs, targets [count, length]. Each sequence starts from an empty state. A target of -100 does
+    not count: it has 0 nats, and is not right. A long sequence is split into pieces, between which
+    the state is carried, and needs no more memory than a short one.
     """
     count, length = targets.shape
     batch = max(TOKENS_AT_ONCE // length, 1)
@@ -56,7 +56,7 @@ def score(model, inputs, targets, device, autocast=contextlib.nullcontext):
 
 
 class Recall:
-    """What train.train learns from: a task with the interface of train.Text."""
+    """A task for train.train, with the interface of train.Corpus."""
 
     tokenizer = None
     vocab_size = VOCAB_SIZE
@@ -71,10 +71,10 @@ class Recall:
         self.about = f"{self.corpus}, generated window by window"
 
     def windows(self, first, count, hard=None, held_out=False):
-        """Windows first, first + 1, ..., each a function of the seed and its number alone.
+        """Windows first, first + 1, ... Each depends only on the seed and its number.
 
-        Returns int64 [count, context + 1]. hard: what makes them hard, the last argument of
-        `generate`. held_out: windows that no training reads, the same for every seed.
+        Returns int64 [count, context + 1]. hard: their difficulty, the last argument of `generate`.
+        held_out: windows that are never trained on, the same for every seed.
         """
         windows = []
         for number in range(first, first + count):
@@ -83,14 +83,14 @@ class Recall:
         return torch.from_numpy(np.stack(windows).astype(np.int64))
 
     def targets(self, windows):
-        """What is to be predicted, int64 [count, context]: the answers, and -100 elsewhere."""
+        """The targets, int64 [count, context]: the answers, and -100 elsewhere."""
         after_question = (windows == ASK).cumsum(1)[:, :-1] > 0
         tokens = windows[:, 1:]
         is_value = (tokens >= KEYS) & (tokens < KEYS + VALUES)
         return tokens.masked_fill(~(after_question & is_value), -100)
 
     def validate(self, model, limit, count, processes, autocast):
-        """Nats per answer over the same held-out windows each time, words and columns about it."""
+        """Nats per answer on the same held-out windows each time, a message, and log columns."""
         n = VALIDATION_WINDOWS
         if limit:
             n = min(n, max(limit // (self.length - 1), 1))
@@ -99,7 +99,7 @@ class Recall:
             first = start + count * processes.rank
             windows = self.windows(first, count, held_out=True)
             targets = self.targets(windows)
-            targets[max(n - first, 0) :] = -100  # what fills up the last turn does not count
+            targets[max(n - first, 0) :] = -100  # padding in the last turn does not count
             nats, right = score(model, windows[:, :-1], targets, processes.device, autocast)
             total += nats.sum().item(), right.sum().item(), (targets >= 0).sum().item()
         nats, right, number = processes.sum(*total)
@@ -113,7 +113,7 @@ class AssociativeRecall(Recall):
 
     @staticmethod
     def generate(rng, length, pairs=None):
-        """A window of `length` tokens. pairs: keys with a value; None: 4, 8, ..., equally often."""
+        """A window of `length` tokens. pairs: their number; None: 4, 8, ..., equally often."""
         if pairs is None:
             doublings = int(np.log2(min((length - 1) // 4, KEYS) / LEAST_PAIRS))
             pairs = LEAST_PAIRS * 2 ** rng.integers(doublings + 1)
@@ -130,7 +130,7 @@ class Passkey(Recall):
 
     @staticmethod
     def generate(rng, length, distance=None):
-        """A window of `length` tokens. distance: tokens of noise from the passkey to the "?"."""
+        """A window of `length` tokens. distance: noise tokens between the passkey and the "?"."""
         most = length - 2 * PASSKEY_LENGTH - 2
         if distance is None:
             distance = rng.integers(most + 1)

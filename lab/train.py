@@ -1,12 +1,12 @@
 """Train another layer, or on a recall task: python -m lab.train --layer mamba2 --data mqar
 
     python -m lab.train --layer attention --conv 4            # every layer can have a convolution
-    python -m lab.train --shared_row --shift --conv 4 --gate  # the memory with extensions of ours
+    python -m lab.train --shared_row --shift --conv 4 --gate  # the memory with our extensions
     python -m lab.train --data passkey --context 256          # the paper's layer
 
-It is train.py, with these options besides its own: the same settings, loop and files. Where --d_mlp
-is not given, the MLP is made narrower or wider until the model has as many parameters as the
-paper's with the same settings, so that what is compared is equally large.
+It is train.py with additional options. Settings, loop and files are the same. Unless --d_mlp is
+given, the width of the MLP is adjusted so that the model has as many parameters as the paper's with
+the same settings. Models of equal size are compared.
 """
 
 from pathlib import Path
@@ -26,19 +26,19 @@ LAYERS = {
 
 def make_parser():
     parser = train.make_parser("lab.train")
-    parser.add_argument("--layer", choices=LAYERS, help="what stands in the blocks [memory]")
+    parser.add_argument("--layer", choices=LAYERS, help="layer of the blocks [memory]")
     parser.add_argument("--conv", type=int, help="width of a short convolution [mamba2: 4, else 0]")
     parser.add_argument("--gate", action="store_true", help="memory: gate and norm for the read")
     parser.add_argument("--shared_row", action="store_true", help="memory: a row all tokens share")
     parser.add_argument("--shift", action="store_true", help="memory: shifted write")
     parser.add_argument("--n_head", type=int, help="heads [attention: width 32, mamba2: 64]")
-    parser.add_argument("--n_kv_head", type=int, help="attention: of keys and values [n_head]")
-    parser.add_argument("--d_state", type=int, help="mamba2: numbers per channel [64]")
+    parser.add_argument("--n_kv_head", type=int, help="attention: key-value heads [n_head]")
+    parser.add_argument("--d_state", type=int, help="mamba2: state values per channel [64]")
     return parser
 
 
 def pick_layer(name, arguments):
-    """The class of a layer, and its arguments. Raises ValueError for one that it does not have."""
+    """A layer's class and arguments. Raises ValueError for an argument that it does not have."""
     layer, known = LAYERS[name]
     for argument in arguments.keys() - set(known):
         raise ValueError(f"--{argument} is not an option of --layer {name}")
@@ -59,15 +59,15 @@ def main(argv=None):
         if resumed:
             model, saved = fmem.load(last)
             data = data or saved["settings"]["data"]
-        if resumed and name is None and not arguments:  # as the run was begun
+        if resumed and name is None and not arguments:  # the layer that the run began with
             layer, arguments = type(model.blocks[0].memory), model.layer_arguments
         else:
             layer, arguments = pick_layer(name or "memory", arguments)
         if "d_mlp" not in given and not resumed:
             device, _ = train.pick_device(given.get("device", "auto"))
-            config = train.model_config(train.settle(given, {}, device), vocab_size=1)
+            config = train.model_config(train.resolve(given, {}, device), vocab_size=1)
             given["d_mlp"] = matched_d_mlp(config, layer, arguments)
-        train.train(given, layer, arguments, TASKS.get(data, train.Text), "-m lab.train")
+        train.train(given, layer, arguments, TASKS.get(data, train.Corpus), "-m lab.train")
 
 
 if __name__ == "__main__":

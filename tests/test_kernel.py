@@ -1,4 +1,4 @@
-"""The kernel beyond test_fmem.py: dtypes, strides, errors, torch.compile, code for GPUs."""
+"""More tests of the kernel: dtypes, strides, errors, torch.compile, compilation for GPUs."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(kernel is None, reason="Triton is not installed"
 
 
 @pytest.mark.parametrize("position", [0, 1])
-def test_gradient_of_one_output_alone_and_any_strides(position):
+def test_gradient_of_a_single_output_with_any_strides(position):
     inputs = recurrence_inputs(3, 7, 4, 5)
     strided = [v.transpose(0, 1).contiguous().transpose(0, 1) for v in inputs]
     gradients = []
@@ -40,7 +40,7 @@ def test_gradient_of_one_output_alone_and_any_strides(position):
 
 @pytest.mark.parametrize("types", [*itertools.product([torch.float32, torch.bfloat16], repeat=3)])
 def test_kernel_dtypes(types):
-    """The state is carried in float32, stored as what is written, and returned in float32."""
+    """The state is carried and returned in float32, and stored in the dtype of `write`."""
     inputs = [v.to(DEVICE, t) for v, t in zip(recurrence_inputs(2, 9, 3, 5), types, strict=True)]
     leaves = [v.requires_grad_() for v in inputs]
     before, last = kernel.recurrence(*leaves)
@@ -54,7 +54,7 @@ def test_kernel_dtypes(types):
     assert [g.dtype for g in gradients] == list(types)
 
 
-def test_kernel_refuses_what_does_not_fit():
+def test_kernel_refuses_wrong_shapes_and_dtypes():
     keep, write, first = recurrence_inputs(2, 7, 3, 5)
     for wrong in ((keep[:, 1:], write, first), (keep, write[0], first), (keep, write, first[:1])):
         with pytest.raises(ValueError, match="must be"):
@@ -63,7 +63,7 @@ def test_kernel_refuses_what_does_not_fit():
         kernel.recurrence(keep, write.long(), first)
 
 
-def test_kernel_refuses_a_second_gradient():
+def test_kernel_refuses_second_derivatives():
     leaves = [v.to(DEVICE).requires_grad_() for v in recurrence_inputs(1, 3, 2, 2)]
     _, last = kernel.recurrence(*leaves)
     gradients = torch.autograd.grad(last.square().sum(), leaves, create_graph=True)
@@ -72,7 +72,7 @@ def test_kernel_refuses_a_second_gradient():
 
 
 def without_interpreter(code, tmp_path):
-    """The lines that a program prints with Triton as it is on a GPU; tracing needs none."""
+    """The lines that a program prints with Triton as on a GPU. Tracing needs no GPU."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -96,12 +96,12 @@ for module in torch.export.export(Scan(), inputs, strict=True).graph_module.modu
 
 
 def test_compile_keeps_the_graph_whole(tmp_path):
-    """torch.export raises where Dynamo would break the graph."""
+    """torch.export raises an error where Dynamo would break the graph."""
     assert without_interpreter(TRACE, tmp_path).count("fmem.recurrence.default") == 2
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here: compiled code cannot run")
-def test_compiled_scan_is_the_scan():
+@pytest.mark.skipif(DEVICE == "cpu", reason="compiled code needs a GPU")
+def test_compiled_scan_matches_the_scan():
     inputs = [v.cuda() for v in scan_inputs(70)]
     compiled = torch.compile(fmem.scan_chunked, fullgraph=True)
     assert_close(1e-9, with_gradients(compiled, inputs), with_gradients(fmem.scan_chunked, inputs))
@@ -129,7 +129,7 @@ for capability, (keep, write, first), reverse in itertools.product((80, 90, 100)
 
 
 def test_kernel_compiles_for_gpus(tmp_path):
-    """For sm_80, sm_90 and sm_100, with every pair of dtypes, in both directions."""
+    """For sm_80, sm_90 and sm_100, with every combination of dtypes, in both directions."""
     lines = without_interpreter(COMPILE, tmp_path)
     assert len(lines) == 3 * 9 * 2
     assert all(line.endswith("True") for line in lines)

@@ -1,4 +1,4 @@
-"""lab/: each layer against its own equations, the recall tasks, training with them, evaluation."""
+"""lab/: each layer against its equations, the recall tasks, training with them, evaluation."""
 
 import contextlib
 import csv
@@ -32,9 +32,9 @@ LAYERS = {
     **EXTENSIONS,
 }
 
-# Relative errors in float64. Rounding is 1e-16 per operation, of which some thousands follow each
-# other. The chunks of the memory are exact to TINY = 1e-8 of fmem.py where theta is near 1; and a
-# gradient that is a small difference of large numbers is some times worse.
+# Relative errors in float64. Rounding is 1e-16 per operation, and some thousands of operations are
+# chained. Where theta is near 1, the chunks of the memory are exact to TINY = 1e-8 of fmem.py. A
+# gradient that is a small difference of large numbers is a few times worse.
 TOLERANCE = {Attention: 1e-10, Mamba2: 1e-10, ExtendedMemory: 1e-6}
 
 
@@ -44,7 +44,7 @@ def tiny(**changes):
 
 
 def layer64(name):
-    """A layer in float64 with all of its weights drawn, those that start at a constant included."""
+    """A layer in float64 with random weights, including those that start as constants."""
     layer_class, arguments = LAYERS[name]
     layer = layer_class(tiny(), **arguments).double()
     for weight in layer.parameters():
@@ -57,7 +57,7 @@ def error(got, want):
 
 
 def conv_reference(conv, x):
-    """u_t = silu(bias + sum_j weight[:, j] x_{t-j}) of one sequence [T, c]."""
+    """u_t = silu(bias + sum_j weight[:, j] x_{t-j}) for one sequence [T, c]."""
     T, channels = x.shape
     u = conv.bias.expand(T, channels)
     for j in range(conv.weight.shape[1]):
@@ -72,11 +72,11 @@ def affinity_reference(logits, tau, k):
 
 
 def extended_reference(layer, x):
-    """The equations of one sequence [T, d_model], then the definition of the recurrence."""
+    """The equations for one sequence [T, d_model], then the recurrence as a loop."""
     config = layer.config
     k = min(config.k_rows, len(layer.W_alpha.weight))
     u = x
-    before = torch.zeros_like(x[:1])  # what u is before the first token
+    before = torch.zeros_like(x[:1])  # u before the first token
     if layer.conv is not None:
         u = conv_reference(layer.conv, x)
         before = layer.conv.bias[None] * torch.sigmoid(layer.conv.bias)
@@ -104,8 +104,8 @@ def extended_reference(layer, x):
 
 
 @pytest.mark.parametrize("conv", [0, 4])
-def test_attention_is_that_of_transformers(conv):
-    """LLaMA's, with the same weights; transformers rotates in float32."""
+def test_attention_matches_transformers(conv):
+    """LLaMA's, with the same weights. transformers rotates in float32."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     ours = Attention(tiny(d_model=48), n_head=6, n_kv_head=2, conv=conv).double()
     ours.init_weights(lambda w, scale=1.0: torch.nn.init.normal_(w, std=0.3), 1.0)
@@ -121,8 +121,8 @@ def test_attention_is_that_of_transformers(conv):
     assert error(ours(x)[0], want) < 2e-6
 
 
-def test_mamba2_is_that_of_transformers():
-    """With the same weights; transformers computes in float32."""
+def test_mamba2_matches_transformers():
+    """With the same weights. transformers computes in float32."""
     mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     ours = Mamba2(tiny(d_model=32), n_head=4, d_state=16).double()
     ours.init_weights(lambda w, scale=1.0: torch.nn.init.normal_(w, std=w.shape[1] ** -0.5), 1.0)
@@ -142,8 +142,8 @@ def test_mamba2_is_that_of_transformers():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer_is_its_equations_and_may_be_split_anywhere(name):
-    """One pass over several chunks = the equations of ours = pieces = steps, gradients included."""
+def test_layer_matches_its_equations_and_can_be_split_anywhere(name):
+    """One pass over several chunks = our equations = pieces = steps, gradients included."""
     layer = layer64(name)
     tolerance = TOLERANCE[type(layer)]
     x = torch.randn(2, 100, 16, dtype=torch.float64, requires_grad=True)
@@ -168,8 +168,8 @@ def test_layer_is_its_equations_and_may_be_split_anywhere(name):
 
 
 @torch.no_grad()
-def test_only_steps_without_gradients_change_a_state():
-    """Attention's cache has room after steps, which a step fills, and a forward pass does not."""
+def test_only_steps_without_gradients_modify_the_state():
+    """Steps reserve space in attention's cache. A step fills it; a forward pass does not."""
     layer = layer64("attention")
     x = torch.randn(2, 25, 16, dtype=torch.float64)
     state = None
@@ -184,7 +184,7 @@ def test_only_steps_without_gradients_change_a_state():
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_bf16_autocast_stays_near_float32(name):
-    """bf16 has 8 bits: a hundredth after a layer of some roundings. The state goes on as well."""
+    """bf16 has 8 bits: an error of 1/100 after a layer's roundings. The state continues too."""
     layer = layer64(name).float()
     x = torch.randn(2, 40, 16)
     want, _ = layer(x)
@@ -199,15 +199,15 @@ def make_task(name, context, seed=3):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_window_is_a_function_of_seed_and_number(name):
-    """No two are the same, those for validation included."""
+def test_window_depends_only_on_seed_and_number(name):
+    """No two windows are the same, including those for validation."""
     windows = [make_task(name, 40, seed).windows(5, 6) for seed in (3, 4, 0)]
     windows.append(make_task(name, 40).windows(5, 6, held_out=True))
     assert torch.cat(windows).unique(dim=0).shape == (24, 41)
     assert torch.equal(windows[0][2:4], make_task(name, 40).windows(7, 2))
 
 
-def test_associative_recall_asks_for_any_key_at_any_time():
+def test_associative_recall_queries_any_key_at_any_time():
     task = make_task("mqar", 64)
     windows = task.windows(0, 200)
     sizes = set()
@@ -222,7 +222,7 @@ def test_associative_recall_asks_for_any_key_at_any_time():
     assert sizes == {4, 8, 16}
 
 
-def test_passkey_is_somewhere_before_the_question():
+def test_passkey_is_anywhere_before_the_question():
     task = make_task("passkey", 40)
     windows = task.windows(0, 300)
     places = set()
@@ -237,12 +237,12 @@ def test_passkey_is_somewhere_before_the_question():
 
 
 def oracle(tokens, state=None):
-    """A model that sees the next token, where there is one: not after the last."""
+    """A model that sees the next token; there is none after the last."""
     return F.one_hot(tokens.roll(-1, 1), tasks.VOCAB_SIZE).float(), None
 
 
 def test_validation_counts_every_answer_once():
-    """Two processes with three windows at a time validate ten: the sums are those of the ten."""
+    """Two processes validate ten windows, three at a time: the sums are those of the ten."""
     task = make_task("mqar", 16)
     windows = task.windows(0, 10, held_out=True)
     targets = task.targets(windows)
@@ -268,7 +268,7 @@ def test_recall_by_pairs_and_by_distance():
 
 
 def test_loss_by_position_and_beyond_the_training_length(monkeypatch):
-    """Of a model whose loss falls after 32 tokens of a window, which it reads in pieces."""
+    """For a model whose loss falls after 32 tokens of a window. It reads windows in pieces."""
     monkeypatch.setattr(tasks, "TOKENS_AT_ONCE", 7)
 
     def model(tokens, state=None):
@@ -289,21 +289,21 @@ def test_loss_by_position_and_beyond_the_training_length(monkeypatch):
     assert i == 3
 
 
-def test_description_of_rows():
-    """Of weights that are known: four rows, each for every fourth token, at a rate of 1/2."""
+def test_describe_rows():
+    """For known weights: four rows, each used by every fourth token, at a rate of 1/2."""
     alpha = F.one_hot(torch.arange(960) % 4, 8).double()
     got = evaluate.describe_rows(0.5 * alpha, 0.25 * alpha)
     least, *_, most = got.pop("half_life")
-    assert least == pytest.approx(4) and most > 1e9  # of a row that is never written
+    assert least == pytest.approx(4) and most > 1e9  # for a row that is never written
     want = {"rows": 8, "rows_per_token": 1, "rows_used": 4, "eta": 0.5, "mu": 0.25}
     assert got == pytest.approx(want)
 
 
-def test_routing_leaves_out_the_row_that_every_token_writes():
+def test_routing_excludes_the_shared_row():
     model = FMem(tiny(), ExtendedMemory, {"shared_row": True, "shift": True}).eval()
     results = list(evaluate.routing(model, torch.randint(50, (100,)), 24, CPU))
     assert [(r["layer"], r["rows"]) for r in results] == [(0, 7), (1, 7)]
-    assert all(r["eta"] == pytest.approx(0.5) for r in results)  # as it starts
+    assert all(r["eta"] == pytest.approx(0.5) for r in results)  # the initial rate
 
 
 @pytest.fixture(scope="module")
@@ -332,8 +332,8 @@ def test_run_on_recall(recall_run):
 
 
 @pytest.mark.parametrize("options", ["", "--data mqar --layer attention --conv 2 --n_head 2"])
-def test_run_is_resumed_exactly(recall_run, options, tmp_path):
-    """With the layer's options given again or not, the rest of the run is that of the unbroken."""
+def test_resume_is_exact(recall_run, options, tmp_path):
+    """The rest matches the uninterrupted run, whether or not the layer's options are repeated."""
     shutil.copy(recall_run / "step-3.pt", tmp_path / "last.pt")
     lab_train.main([*options.split(), "--resume", "--device", "cpu", "--out", str(tmp_path)])
     whole = fmem.load(recall_run / "last.pt")[0].state_dict()
@@ -342,7 +342,7 @@ def test_run_is_resumed_exactly(recall_run, options, tmp_path):
 
 
 def test_evaluation_of_a_text(run, capsys):
-    """The loss is that of the training."""
+    """The loss matches that of training."""
     options = "--loss --long --routing --times 4 --tokens 300 --device cpu"
     evaluate.main([str(run / "last.pt"), *options.split()])
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -354,7 +354,7 @@ def test_evaluation_of_a_text(run, capsys):
     assert lengths == [(24, 288), (48, 288), (96, 288)]  # three windows of 96
 
 
-def test_commands_say_what_is_wrong(run, recall_run, tmp_path, monkeypatch):
+def test_commands_report_invalid_options(run, recall_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for main, arguments, message in [
         (evaluate.main, [str(run / "last.pt"), "--recall"], "--recall is for models of mqar"),

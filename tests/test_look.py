@@ -1,4 +1,4 @@
-"""look.py: the exact maps of what is read, the page that shows them; and the notebook."""
+"""look.py: the exact read maps, and the page that shows them. Also the notebook."""
 
 import json
 import math
@@ -13,14 +13,14 @@ import look
 from fmem import FactorizationMemory, FMem, FMemConfig, load, scan_loop
 from lab.layers import ExtendedMemory
 
-# What is compared in float64 was summed in another order: rounding of a few hundred operations.
+# Sums in another order, in float64: the rounding of a few hundred operations.
 EXACT = 1e-12
 
 EXTENSIONS = dict(conv=4, gate=True, shared_row=True, shift=True)
 
 
 def tiny_model(extensions=None):
-    """Two layers with weights that make every rate differ from token to token."""
+    """Two layers with weights that make every rate vary from token to token."""
     sizes = dict(vocab_size=50, n_layer=2, d_model=16, d_memory=24, n_rows=8, k_rows=3, tau=0.5)
     layer = ExtendedMemory if extensions else FactorizationMemory
     model = FMem(FMemConfig(**sizes), layer, extensions)
@@ -35,15 +35,15 @@ def error(got, want):
 
 
 def contents(seen, t):
-    """E_t [t + 1, m] and F_t [m] of look.py's docstring, as products."""
+    """E_t [t + 1, m] and F_t [m] from the docstring of look.py, as products."""
     E = torch.stack([seen.theta[s] * (1 - seen.theta[s + 1 : t + 1]).prod(0) for s in range(t + 1)])
     return E, (1 - seen.theta[: t + 1]).prod(0)
 
 
 @pytest.mark.parametrize("extensions", [None, EXTENSIONS], ids=["paper", "extended"])
 @torch.no_grad()
-def test_the_maps_are_exact(extensions):
-    """What record_layer says of the reads and the rows is what the recurrence computes."""
+def test_maps_are_exact(extensions):
+    """record_layer's reads and rows match those that the recurrence computes."""
     layer = tiny_model(extensions).double().blocks[0].memory
     x = torch.randn(1, 32, 16, dtype=torch.float64)
     _, state = layer(x[:, :9])
@@ -51,7 +51,7 @@ def test_the_maps_are_exact(extensions):
     h0, h_end = (s[0] if extensions else s for s in (state, end))
     seen = look.record_layer(layer, x[:, 9:], state)
     y, h = scan_loop(seen.theta[None], seen.phi[None], seen.xbar[None], h0)
-    assert error(h, h_end) < 1e-7  # which the layer computes in chunks
+    assert error(h, h_end) < 1e-7  # the layer computes in chunks
     assert error(seen.A @ seen.xbar + seen.rest, y[0]) < EXACT
     for t in (0, 11, 22):
         E, F = contents(seen, t)
@@ -75,15 +75,15 @@ HOSTILE = (
 WORDS = [*HOSTILE, *(f" w{i}" + "\n" * (i % 7 == 0) for i in range(len(HOSTILE), 50))]
 
 
-def test_bytes_as_they_are_shown():
-    """Whole characters as they are, all else as escapes that cannot be mistaken for layout."""
+def test_visible_bytes():
+    """Whole characters stay as they are; the rest becomes escapes that do not affect the layout."""
     pieces = ["é".encode(), b"\xc3", b" a\n", b"\t", b"\x1b", "\u202e".encode()]
     shown = ["é", "\\xc3", " a\n", "\\t", "\\x1b", "\\u202e"]
     assert [look.visible(piece) for piece in pieces] == shown
 
 
 def table(page, body):
-    """The table's rows: the class of each, and the text of its cells."""
+    """The table's rows, each with its class and the text of its cells."""
     script = "rows => rows.map(row => [row.className, ...[...row.cells].map(c => c.textContent)])"
     return page.eval_on_selector_all(f"#{body} tr", script)
 
@@ -95,7 +95,7 @@ def check_shades(page, share):
 
 
 def check_reads(page, layer, t):
-    """The shades are the shares that look.py computes, and the table has the largest of them."""
+    """The shades match the shares that look.py computes, and the table has the largest ones."""
     share, start = layer.shares()
     check_shades(page, share[t])
     *rows, (*_, percent_before) = table(page, "reads-body")
@@ -108,7 +108,7 @@ def check_reads(page, layer, t):
 
 
 def check_rows(page, layer, t):
-    """The table of rows has what each holds after token t, by the formulas of look.py."""
+    """The table shows the contents of each row after token t, by the formulas of look.py."""
     E, F = contents(layer, t)
     ages = torch.arange(t, -1, -1.0).double() @ E / E.sum(0)
     half_lives = math.log(0.5) / torch.log1p(-layer.theta).mean(0)
@@ -121,12 +121,12 @@ def check_rows(page, layer, t):
     assert ["chosen" in cells[0] for cells in rows] == (layer.theta[t] > 0).tolist()
 
 
-def test_the_page_in_a_browser(tmp_path):
-    """What it shows is what look.py computed; nothing is loaded or can be smuggled in."""
+def test_page_in_a_browser(tmp_path):
+    """It shows what look.py computed. It loads nothing, and no word can inject code."""
     api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
-        pytest.skip("needs the browser Chromium, which is not installed here")
+        pytest.skip("the browser Chromium is not installed")
     model = tiny_model(EXTENSIONS)
     before, tokens = torch.randint(50, (71,)).split([11, 60])
     with torch.no_grad():
@@ -164,17 +164,17 @@ def test_the_page_in_a_browser(tmp_path):
 
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert page.title() == "Inside the memory" and page.locator("script").count() == 2
-        assert events == [path.as_uri()]  # no message, no error, and nothing else is asked for
+        assert events == [path.as_uri()]  # no message, no error, no other request
 
 
 def look_at(capsys, *arguments):
-    """The command: the path that it names, and the data in that page."""
+    """Run the command. Returns the path that it prints, and the data in that page."""
     look.main([str(argument) for argument in arguments])
     path = Path(capsys.readouterr().out.split(": ")[0])
     return path, json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"))[1])
 
 
-def test_the_command(run, tmp_path, capsys):
+def test_command(run, tmp_path, capsys):
     best = ["--checkpoint", run / "best.pt"]
     path, data = look_at(capsys, *best, "--tokens", 30)
     assert path == run / "look.html" and "a test corpus" in data["about"]
@@ -188,15 +188,15 @@ def test_the_command(run, tmp_path, capsys):
     prompt[1] = f"FILE:{tmp_path / 'prompt.txt'}"
     assert data == look_at(capsys, *best, *prompt)[1]
 
-    recall = tmp_path / "recall.pt"  # which has no tokenizer: its tokens are numbers
+    recall = tmp_path / "recall.pt"  # has no tokenizer: its tokens are numbers
     saved = torch.load(best[1], weights_only=True)
     torch.save({**saved, "tokenizer": None, "corpus": "</script>"}, recall)
     _, data = look_at(capsys, "--checkpoint", recall, "--prompt", "3 1 4 1 5")
     assert data["tokens"] == [3, 1, 4, 1, 5] and data["words"]["4"] == " 4"
-    assert "</script>" in data["about"]  # no text ends the data in the page
+    assert "</script>" in data["about"]  # no text can end the page's data
 
 
-def test_of_a_long_text_the_end_is_shown_with_the_memory_of_the_rest(run, tmp_path, capsys):
+def test_end_of_a_long_text_is_shown_with_the_state_of_the_rest(run, tmp_path, capsys):
     arguments = ["--checkpoint", run / "best.pt", "--out", tmp_path / "a.html", "--prompt"]
     arguments.append("the river runs to sea " * 20)
     tokens = torch.tensor(look_at(capsys, *arguments)[1]["tokens"])
@@ -212,10 +212,10 @@ def test_of_a_long_text_the_end_is_shown_with_the_memory_of_the_rest(run, tmp_pa
     [
         (["--prompt", ""], "one token"),
         (["--data", "nowhere"], "nowhere"),
-        (["--prompt", "the", "--out", "notes.html"], "notes.html"),  # which is no page of ours
+        (["--prompt", "the", "--out", "notes.html"], "notes.html"),  # not a page of ours
     ],
 )
-def test_what_cannot_work_is_one_line(arguments, message, run, tmp_path, monkeypatch):
+def test_invalid_input_gives_a_one_line_error(arguments, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("notes.html").write_text("mine")
     with pytest.raises(SystemExit, match=rf"\Alook.py: error: .*{message}.*\Z"):
@@ -223,8 +223,8 @@ def test_what_cannot_work_is_one_line(arguments, message, run, tmp_path, monkeyp
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_the_notebook_runs(corpus, tmp_path):
-    """A copy with little training, from top to bottom; what needs no training holds in it too."""
+def test_notebook_runs(corpus, tmp_path):
+    """Run a copy with little training. What needs no training must hold in it too."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("matplotlib")

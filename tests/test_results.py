@@ -1,4 +1,4 @@
-"""lab/experiments.py, lab/results.py, lab/bench.py: what is run, what is kept of it and shown."""
+"""lab/experiments.py, lab/results.py, lab/bench.py: runs, their records, the results page."""
 
 import json
 import re
@@ -15,7 +15,7 @@ TINY = (
 
 
 def test_missing_runs_are_run_once(monkeypatch, tmp_path):
-    """At the best rate of the sweep, which is waited for; a failed run leaves no line."""
+    """They wait for the sweep and use its best rate. A failed run leaves no line."""
     sweep = experiments.Group(TINY, {"paper": "", "b": "--n_rows 8"}, ("1e-3", "2e-3"), ("1",))
     best = sweep._replace(rates="rates", seeds=("1", "2"))
     ran = []
@@ -59,8 +59,8 @@ def test_run_and_its_evaluation(monkeypatch, tmp_path):
         experiments.run("recall/b", f"{command} --n_rows 0")
 
 
-def test_page_is_what_the_raw_lines_say():
-    """Every table of docs/results.md; and a loss told elsewhere (2.345) is one of that page."""
+def test_page_matches_the_raw_results():
+    """Every table of docs/results.md. A loss quoted elsewhere (2.345) must be on that page."""
     page = results.PAGE.read_text(encoding="utf-8")
     assert results.fill(page, experiments.read_runs()) == page
     assert "| " not in results.fill(page, {})
@@ -89,7 +89,7 @@ def test_bench_writes_a_line_for_each_shape(name, tmp_path, monkeypatch):
             assert sizes["transformer"] == 2 * 64 * line["context"] * 4  # keys and values
 
 
-def test_bench_times_no_scan_that_is_wrong(tmp_path, monkeypatch):
+def test_bench_refuses_to_time_a_wrong_scan(tmp_path, monkeypatch):
     right = bench.fmem.scan_chunked
     monkeypatch.setattr(bench.fmem, "scan_chunked", lambda *a: (1.001 * right(*a)[0], None))
     with pytest.raises(SystemExit, match="wrong by"):

@@ -1,4 +1,4 @@
-"""sample.py: prompts, streaming, samples side by side, saved states, conversations, refusals."""
+"""sample.py: prompts, streaming, batches, saved states, conversations, invalid input."""
 
 import codecs
 import functools
@@ -32,21 +32,21 @@ LAYERS = {  # their states differ: a tensor, a tuple with None, one that grows, 
 
 
 def random_model(seed=0, ends=False, **layer):
-    """A model that says all sorts of bytes, as its state has it, and EOT only if it `ends`."""
+    """A model that writes all sorts of bytes, depending on its state, and EOT only if it `ends`."""
     torch.manual_seed(seed)
     size = dict(n_layer=2, d_model=16, n_rows=8, k_rows=2, tie_embeddings=False)
     model = fmem.FMem(fmem.FMemConfig(ENC.n_vocab, **size), **layer).eval()
     with torch.no_grad():
         model.embed.weight *= 16
         for block in model.blocks:
-            block.memory.W_o.weight *= 2  # what the state says counts
+            block.memory.W_o.weight *= 2  # so that the state matters
         model.head.weight *= 8
         model.head.weight[ENC.eot_token] *= 2 if ends else 0
     return model.double()
 
 
 def script(monkeypatch, tokens):
-    """Have these tokens chosen, whatever the model says. A single byte has its value as number."""
+    """Force these tokens, whatever the model predicts. The id of a single byte is its value."""
 
     def choose(logits, *arguments, **options):
         if tokens[0] is KeyboardInterrupt:
@@ -59,9 +59,9 @@ def script(monkeypatch, tokens):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch, capsys):
-    """write(*arguments, model=...) -> what sample.py prints, without the last line end.
+    """write(*arguments, model=...) -> what sample.py prints, without the last newline.
 
-    The model computes in float64, in which sums in another order choose no other token.
+    The model computes in float64, so that summation order does not change a token.
     """
     monkeypatch.chdir(tmp_path)
     about = {"tokenizer": tokenizer.dump_tokenizer(ENC), "corpus": "a test corpus"}
@@ -80,13 +80,13 @@ def write(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(write, capsys):
-    """refused(*arguments, code=1) -> the one line that sample.py ends with, beside its first."""
+    """refused(*arguments, code=1) -> the one-line error of sample.py."""
 
     def refused(*arguments, code=1, **options):
         with pytest.raises(SystemExit) as end:
             write(*arguments, **options)
         out, err = capsys.readouterr()
-        message = end.value.code  # as sys.exit has it; argparse prints its own, with code 2
+        message = end.value.code  # from sys.exit; argparse prints its own and exits with 2
         if code == 2:
             assert message == 2
             message = err.removesuffix("\n")
@@ -96,7 +96,7 @@ def refused(write, capsys):
     return refused
 
 
-def test_last_is_taken_without_best_and_it_ends_quietly_when_nobody_reads_on(run, tmp_path):
+def test_last_is_used_without_best_and_a_closed_pipe_ends_it_quietly(run, tmp_path):
     shutil.copytree(run, tmp_path / "out", ignore=shutil.ignore_patterns("best.pt"))
     command = [sys.executable, sample.__file__, "--max_new_tokens", "100000", "--temperature", "0"]
     with Popen(command, cwd=tmp_path, stdout=PIPE, stderr=PIPE) as process:
@@ -106,8 +106,8 @@ def test_last_is_taken_without_best_and_it_ends_quietly_when_nobody_reads_on(run
     assert process.returncode == 1
 
 
-def test_prompts_as_text_file_and_standard_input(write, refused, monkeypatch):
-    raw = "\ufeffüber 東京".encode()  # a byte-order mark is no part of the prompt
+def test_prompt_from_argument_file_and_standard_input(write, refused, monkeypatch):
+    raw = "\ufeffüber 東京".encode()  # the byte-order mark is not part of the prompt
     Path("prompt.txt").write_bytes(raw)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
     want = write("--prompt", "über 東京", "--max_new_tokens", 30)
@@ -115,14 +115,14 @@ def test_prompts_as_text_file_and_standard_input(write, refused, monkeypatch):
     for prompt in ("\ufeffüber 東京", "FILE:prompt.txt", "-"):
         assert write("--prompt", prompt, "--max_new_tokens", 30) == want
     Path("latin").write_bytes(b"caf\xe9!")
-    for prompt in ("FILE:latin", "caf\udce9!"):  # as Python has it from the command line
+    for prompt in ("FILE:latin", "caf\udce9!"):  # as Python gets it from the command line
         assert write("--prompt", prompt, "--max_new_tokens", 0) == "caf\ufffd!"
     Path("utf16").write_bytes(codecs.BOM_UTF16_LE + b"a\0b\0")
     assert "UTF-16" in refused("--prompt", "FILE:utf16")
 
 
-def test_only_a_terminal_is_protected_from_characters(write, monkeypatch):
-    """No-break and ideographic spaces, joiners and CR reach a file; no terminal gets an ESC."""
+def test_control_characters_are_replaced_only_on_a_terminal(write, monkeypatch):
+    """No-break and ideographic spaces, joiners and CR reach a file. No ESC reaches a terminal."""
     prompt = "a\u00a0b\u3000c\u200cd\u200de\rf\x1b[31m\n\t"
     assert write("--prompt", prompt, "--max_new_tokens", 0) == prompt
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -130,7 +130,7 @@ def test_only_a_terminal_is_protected_from_characters(write, monkeypatch):
     assert "\x1b" not in shown and shown.startswith("a\u00a0b\u3000c\u200cd\u200de")
 
 
-def test_text_is_shown_as_it_is_generated_and_characters_whole(write, monkeypatch):
+def test_text_is_streamed_in_whole_characters(write, monkeypatch):
     to_come = [*"é東".encode(), *b"\xff!\xe6"]
     script(monkeypatch, to_come)
     shown = []
@@ -140,7 +140,7 @@ def test_text_is_shown_as_it_is_generated_and_characters_whole(write, monkeypatc
     assert shown[6:] == [("\ufffd", 2), ("!", 1), ("", 0), ("\ufffd", 0), ("\n", 0)]
 
 
-def test_choices(write):
+def test_sampling_options(write):
     length = ["--max_new_tokens", 20]
     text = write(*length)
     for option, value in (("--seed", 1), ("--temperature", 2), ("--top_p", 0.3), ("--top_k", 2)):
@@ -148,8 +148,8 @@ def test_choices(write):
     assert write(*length, "--seed", 1337) == text
 
 
-def test_each_sample_is_what_it_is_alone(write):
-    """Some end early, the others go on."""
+def test_each_sample_is_the_same_as_alone(write):
+    """Some end early, and the others continue."""
     options = ["--prompt", "über 東京", "--temperature", 1.5, "--max_new_tokens", 50]
     model = random_model(ends=True)
     several = write(*options, "--seed", 5, "--num_samples", 5, model=model)
@@ -159,8 +159,8 @@ def test_each_sample_is_what_it_is_alone(write):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_saved_state_continues_as_if_never_stopped(layer, write):
-    """The prompt alone first, then 1, 9 and 30 tokens, which end inside characters too."""
+def test_saved_state_continues_as_if_never_stopped(layer, write):
+    """First only the prompt, then 1, 9 and 30 tokens, some of which end inside a character."""
     model = random_model(**LAYERS[layer])
     start = ["--prompt", "über", "--seed", 3]
     whole = write(*start, "--max_new_tokens", 40, model=model)
@@ -173,21 +173,21 @@ def test_a_saved_state_continues_as_if_never_stopped(layer, write):
     assert pieces == whole and len(whole) > 25
 
 
-def test_a_half_character_in_a_saved_state(write, monkeypatch):
+def test_incomplete_character_in_a_saved_state(write, monkeypatch):
     script(monkeypatch, [*"é東東".encode()])
     assert write("--max_new_tokens", 3, "--save_state", "s") == "é"
     assert write("--max_new_tokens", 3, "--load_state", "s", "--save_state", "s") == "東"
     assert write("--max_new_tokens", 0, "--load_state", "s", "--prompt", "x") == "\ufffdx"
 
 
-def test_a_new_seed_after_a_saved_state_is_obeyed(write):
+def test_new_seed_overrides_the_saved_generator(write):
     write("--save_state", "s", "--max_new_tokens", 5)
     load = ["--load_state", "s", "--max_new_tokens", 20]
     text = write(*load)
     assert write(*load) == text != write(*load, "--seed", 1337) != write(*load, "--seed", 8)
 
 
-def test_files_that_are_no_state_of_this_model(write, refused, run):
+def test_files_that_are_not_a_state_of_this_model_are_refused(write, refused, run):
     write("--save_state", "s", "--max_new_tokens", 5)
     Path("cut").write_bytes(Path("s").read_bytes()[:900])
     Path("empty").write_bytes(b"")
@@ -199,14 +199,14 @@ def test_files_that_are_no_state_of_this_model(write, refused, run):
     assert "another model" in refused("--load_state", "s", model=random_model(seed=1))
 
 
-def test_no_other_file_is_replaced(write, refused):
+def test_save_state_overwrites_no_other_file(write, refused):
     torch.save({"format": fmem.FORMAT}, "model")
     before = Path("model").read_bytes()
     refused("--save_state", "model")
     assert Path("model").read_bytes() == before
 
 
-def test_a_full_disk_leaves_the_old_state(write, tmp_path, monkeypatch, capsys):
+def test_full_disk_keeps_the_old_state(write, tmp_path, monkeypatch, capsys):
     write("--save_state", "s", "--max_new_tokens", 5)
     before = Path("s").read_bytes()
 
@@ -221,8 +221,8 @@ def test_a_full_disk_leaves_the_old_state(write, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_a_conversation_is_one_text(write, monkeypatch):
-    """Answers end inside a line, at its end, inside a character, at EOT, and by Ctrl-C."""
+def test_conversation_is_one_text(write, monkeypatch):
+    """Answers end within a line, at its end, inside a character, at EOT, and by Ctrl-C."""
     lines = ["/quit", "", "über", "sea", "東京", ""]
     said = [*b"abc", *b"de\n", *b"fg\xc3", *b"h", ENC.eot_token]
     script(monkeypatch, [*said, KeyboardInterrupt, *b"i", KeyboardInterrupt, *b"jklm"])
@@ -239,10 +239,10 @@ def test_a_conversation_is_one_text(write, monkeypatch):
     saved = sample.read_saved("s")
     assert saved["unread"] == tokens[-1:]
     _, state = random_model()(torch.tensor([tokens[:-1]]))
-    torch.testing.assert_close(saved["state"], state)  # to 1e-7, for sums in another order
+    torch.testing.assert_close(saved["state"], state)  # to 1e-7, since sums differ in order
 
 
-def test_ctrl_c_ends_the_program_and_says_what_is_not_saved(write, monkeypatch):
+def test_ctrl_c_ends_the_program_and_reports_the_unsaved_state(write, monkeypatch):
     script(monkeypatch, [*b"ab", KeyboardInterrupt])
     with pytest.raises(SystemExit, match="no state was written"):
         write("--save_state", "s")
@@ -254,12 +254,12 @@ WRONG = """--top_q 1 | --temp 1 | --seed x\x1b[31m | --max_new_tokens -5 | --num
 
 
 @pytest.mark.parametrize("arguments", WRONG.split("|"), ids=str.strip)
-def test_a_wrong_command_line_is_one_line(arguments, refused):
+def test_invalid_command_line_gives_a_one_line_error(arguments, refused):
     arguments = arguments.split()
     assert arguments[0] in refused(*arguments, code=2)
 
 
-def test_what_cannot_be_used_is_one_line(refused, run):
+def test_invalid_values_and_files_give_a_one_line_error(refused, run):
     for option, value in (("--top_p", 2), ("--temperature", "nan"), ("--top_k", 0)):
         assert option[2:] in refused(option, value)
     refused("--device", "abacus")
@@ -270,7 +270,7 @@ def test_what_cannot_be_used_is_one_line(refused, run):
     assert "recall of 8, which is not text" in refused("--checkpoint", "recall.pt")
 
 
-def test_the_step_is_compiled_and_nothing_else(write, monkeypatch):
+def test_only_the_step_is_compiled(write, monkeypatch):
     shapes = set()
 
     def backend(graph, inputs):

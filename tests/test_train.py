@@ -1,4 +1,4 @@
-"""train.py: exact resume, the folder of a run, the loop, several processes, settings, Text."""
+"""train.py: exact resume, output folder, training loop, several processes, settings, data."""
 
 import contextlib
 import csv
@@ -36,26 +36,26 @@ def read(path):
 
 
 def log(folder):
-    """The rows of log.csv as they stand, but for the seconds."""
+    """The rows of log.csv as text, without the seconds."""
     lines = (Path(folder) / "log.csv").read_text().splitlines()
     return [line.rpartition(",")[0] for line in lines]
 
 
 def column(folder, name):
-    """[(step, value)] of a column of log.csv, where it has one."""
+    """The [(step, value)] of a column of log.csv, without its empty cells."""
     with open(Path(folder) / "log.csv", newline="") as file:
         return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row[name]]
 
 
 def same(a, b):
-    """Bit for bit, also in dicts of tensors."""
+    """Equal bit for bit, also in dicts of tensors."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def assert_same_run(folder, whole):
-    """Every checkpoint and every row, but for the seconds."""
+    """Every checkpoint and every row, except for the seconds."""
     names = {path.name for path in whole.glob("*.pt")}
     assert names == {path.name for path in folder.glob("*.pt")} and "last.pt" in names
     for name in names:
@@ -66,15 +66,15 @@ def assert_same_run(folder, whole):
 
 
 def before_step(monkeypatch, step, action, batch_size=4):
-    """Have something done when a step of the run begins."""
-    windows = train.Text.windows
+    """Call `action` when this step of the run begins."""
+    windows = train.Corpus.windows
 
     def patched(self, first, count):
         if first // batch_size == step - 1:
             action()
         return windows(self, first, count)
 
-    monkeypatch.setattr(train.Text, "windows", patched)
+    monkeypatch.setattr(train.Corpus, "windows", patched)
 
 
 def options(given, out):
@@ -83,7 +83,7 @@ def options(given, out):
 
 
 def fork(action, errors, environment=()):
-    """Do something in a child. Returns its process id; what it raises is written to a file."""
+    """Run `action` in a child process. Returns its id; its exception is written to a file."""
     child = os.fork()
     if child == 0:
         try:
@@ -97,17 +97,17 @@ def fork(action, errors, environment=()):
     return child
 
 
-def test_a_signal_saves_and_the_hint_resumes_bit_for_bit(small, tmp_path, monkeypatch, capsys):
-    """In a folder whose name needs quotes, after what a kill may leave in the log."""
+def test_signal_saves_and_the_printed_command_resumes_exactly(small, tmp_path, monkeypatch, capsys):
+    """In a folder whose name needs quotes, with a log as a kill can leave it."""
     settings = {**small, **UNEVEN}
     out = tmp_path / "my run"
     with monkeypatch.context() as patch:
         before_step(patch, 10, lambda: signal.raise_signal(signal.SIGTERM))
         assert train.train({**settings, "out": str(out)})["step"] == 10
     hint = re.search(r"python train\.py (--resume.*)", capsys.readouterr().out)[1]
-    assert read(out / "last.pt")["losses"]  # of the steps since the last log line
+    assert read(out / "last.pt")["losses"]  # since the last log line
     with open(out / "log.csv", "a") as file:
-        file.write("11,1056,3.0,1e-3,1,0,,,,0.5\n12,1")  # a row too many, and half a one
+        file.write("11,1056,3.0,1e-3,1,0,,,,0.5\n12,1")  # an extra row, and half of one
     train.main([*shlex.split(hint), "--device=cpu"])
     train.train({**settings, "out": str(tmp_path / "whole")})
     assert_same_run(out, tmp_path / "whole")
@@ -115,8 +115,8 @@ def test_a_signal_saves_and_the_hint_resumes_bit_for_bit(small, tmp_path, monkey
 
 @needs_fork
 @pytest.mark.parametrize("kills", [5, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_at_any_moment(kills, small, tmp_path):
-    """There is a checkpoint at nearly every step, so that kills hit some that are half-written."""
+def test_run_survives_kills_at_any_moment(kills, small, tmp_path):
+    """A checkpoint at nearly every step, so that kills hit some that are half-written."""
     given = {**small, **UNEVEN, "max_steps": 8 * kills, "eval_every": 2}
     rng = random.Random(kills)
     out = tmp_path / "out"
@@ -138,7 +138,7 @@ def test_killed_at_any_moment(kills, small, tmp_path):
     assert_same_run(out, tmp_path / "whole")
 
 
-def test_a_second_signal_ends_at_once():
+def test_second_signal_ends_at_once():
     before = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         received = train.note_signals(stack)
@@ -151,8 +151,8 @@ def test_a_second_signal_ends_at_once():
 
 def test_resume_with_another_batch_size_repeats_and_skips_nothing(small, tmp_path):
     out = str(tmp_path)
-    windows = train.Text.windows
-    with patch.object(train.Text, "windows", autospec=True, side_effect=windows) as spy:
+    windows = train.Corpus.windows
+    with patch.object(train.Corpus, "windows", autospec=True, side_effect=windows) as spy:
         train.train({**small, "out": out, "max_steps": 3})
         train.train({"out": out, "resume": True, "device": "cpu", "max_steps": 5, "batch_size": 6})
     read_ones = [call.args[1:] for call in spy.call_args_list]
@@ -160,8 +160,8 @@ def test_resume_with_another_batch_size_repeats_and_skips_nothing(small, tmp_pat
     assert column(out, "tokens")[-1] == (5, 24 * 24)
 
 
-def test_resume_takes_new_rates_and_keeps_the_moments_and_a_foreign_log(run, tmp_path):
-    """Another program wrote its own log.csv: it is set aside, and the run has its rows again."""
+def test_resume_takes_new_rates_and_keeps_moments_and_a_foreign_log(run, tmp_path):
+    """A log.csv of another program is set aside, and the run gets its rows back."""
     out = tmp_path / "out"
     shutil.copytree(run, out)
     foreign = (run / "log.csv").read_bytes().replace(b",", b";").replace(b"\n", b"\r\n")
@@ -174,11 +174,11 @@ def test_resume_takes_new_rates_and_keeps_the_moments_and_a_foreign_log(run, tmp
     assert all(group["betas"] == (0.9, 0.5) for group in groups)
     assert all(state["step"] == 21 for state in done["optimizer"]["state"].values())
     assert [path.read_bytes() for path in out.glob("log-*.csv")] == [foreign]
-    rows = log(run)[:-1]  # but for the validation at the end, which comes after the checkpoint
+    rows = log(run)[:-1]  # without the final validation, which follows the checkpoint
     assert log(out)[: len(rows)] == rows and len(log(out)) > len(rows)
 
 
-def test_what_cannot_be_resumed_gets_one_line(run, tmp_path):
+def test_invalid_resume_is_refused(run, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(run, out)
     given = {"out": str(out), "resume": True, "device": "cpu"}
@@ -193,12 +193,12 @@ def test_what_cannot_be_resumed_gets_one_line(run, tmp_path):
         train.train(given)
 
 
-def test_a_renamed_checkout_resumes_on_its_own_data(small, corpus, tmp_path, monkeypatch):
-    """Nothing in a checkpoint is bound to a machine: no absolute path, no device."""
+def test_renamed_checkout_resumes_with_its_own_data(small, corpus, tmp_path, monkeypatch):
+    """Nothing in a checkpoint is tied to a machine: no absolute path, no device."""
     first = tmp_path / "first"
     shutil.copytree(corpus, first / "data")
     monkeypatch.chdir(first)
-    train.train({**small, "data": str(first / "data"), "max_steps": 2})  # out is the default one
+    train.train({**small, "data": str(first / "data"), "max_steps": 2})  # with the default --out
     assert "device" not in read("out/last.pt")["settings"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.chdir(first.rename("second"))
@@ -206,21 +206,21 @@ def test_a_renamed_checkout_resumes_on_its_own_data(small, corpus, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "step-8.pt"])
-def test_any_checkpoint_counts_as_a_run(name, small, tmp_path):
+def test_folder_with_any_checkpoint_needs_overwrite(name, small, tmp_path):
     (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(SystemExit, match="--overwrite"):
         train.main(options(small, tmp_path))
     assert (tmp_path / name).read_bytes() == b"weights"
 
 
-def test_overwrite_deletes_what_a_run_wrote_and_no_more(small, run, tmp_path):
+def test_overwrite_deletes_only_files_of_a_run(small, run, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(run, out)
     (out / "step-8.pt").write_bytes(b"weights")
     mine = {"notes.txt", "step-by-step.pt", "model.pt", "log-1.csv"}
     for name in mine:
         (out / name).write_text(name)
-    with pytest.raises(ValueError):  # a run that cannot begin deletes nothing
+    with pytest.raises(ValueError):  # a run that cannot start deletes nothing
         train.train({**small, "out": str(out), "overwrite": True, "k_rows": 99})
     assert read(out / "last.pt")["step"] == 20
     train.train({**small, "out": str(out), "overwrite": True, "max_steps": 1})
@@ -230,7 +230,7 @@ def test_overwrite_deletes_what_a_run_wrote_and_no_more(small, run, tmp_path):
     assert read(out / "best.pt")["step"] == 1
 
 
-def test_a_log_and_a_picture_without_a_run_are_not_ours(small, tmp_path):
+def test_log_and_plot_without_a_checkpoint_are_kept(small, tmp_path):
     for name in ("log.csv", "loss.png"):
         (tmp_path / name).write_text("mine")
     train.train({**small, "out": str(tmp_path), "overwrite": True, "max_steps": 1})
@@ -238,7 +238,7 @@ def test_a_log_and_a_picture_without_a_run_are_not_ours(small, tmp_path):
     assert aside.read_text() == (tmp_path / "loss.png").read_text() == "mine"
 
 
-def test_two_runs_in_one_folder_are_refused(small, tmp_path, monkeypatch):
+def test_second_run_in_one_folder_is_refused(small, tmp_path, monkeypatch):
     def second():
         with pytest.raises(SystemExit, match="another run"):
             train.main(options(small, tmp_path))
@@ -247,9 +247,9 @@ def test_two_runs_in_one_folder_are_refused(small, tmp_path, monkeypatch):
     assert train.train({**small, "out": str(tmp_path), "max_steps": 3})["step"] == 3
 
 
-def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatch):
-    losses = iter([4.0, 3.0, math.nan, 3.5, 1.0])  # after 5, 10, 15, 20 steps; at the end, of all
-    monkeypatch.setattr(train.Text, "validate", lambda *args: (next(losses), "", {}))
+def test_best_holds_only_the_best_weights(small, tmp_path, monkeypatch):
+    losses = iter([4.0, 3.0, math.nan, 3.5, 1.0])  # after 5, 10, 15, 20 steps; at the end
+    monkeypatch.setattr(train.Corpus, "validate", lambda *args: (next(losses), "", {}))
     train.train({**small, "out": str(tmp_path), "keep_every": 10})
     best = read(tmp_path / "best.pt")
     last = read(tmp_path / "last.pt")
@@ -258,7 +258,7 @@ def test_best_has_the_best_weights_and_weights_alone(small, tmp_path, monkeypatc
     assert "optimizer" not in best and "log" not in best
 
 
-def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(run, tmp_path, monkeypatch):
+def test_full_disk_gives_one_line_and_keeps_the_old_checkpoint(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(run, out)
     before = (out / "last.pt").read_bytes()
@@ -268,13 +268,13 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(run, tmp_path, mon
     assert (out / "last.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
 
 
-def test_seconds_end_the_schedule_and_a_resume_says_so(small, tmp_path, capsys):
+def test_seconds_end_the_schedule_and_resume_reports_it(small, tmp_path, capsys):
     out = tmp_path / "out"
     given = {"max_steps": 10**6, "seconds": 1.0, "eval_every": 10**5}
     done = train.train({**small, **given, "out": str(out)})
     assert 1.0 <= done["seconds"] < 5 and 5 < done["step"] < 10**5
     rates = [rate for _, rate in column(out, "lr")]
-    assert rates[-1] < 0.1 * max(rates)  # the cosine has come down to its end of 0.05
+    assert rates[-1] < 0.1 * max(rates)  # the cosine has reached its end of 0.05
     again = {"out": str(out), "resume": True, "device": "cpu"}
     capsys.readouterr()
     assert train.train({**again, "max_steps": 10**5}) is None
@@ -283,8 +283,8 @@ def test_seconds_end_the_schedule_and_a_resume_says_so(small, tmp_path, capsys):
     assert more["step"] == done["step"] + 2
 
 
-def test_what_is_not_finite_never_reaches_the_weights(small, tmp_path, monkeypatch):
-    """Steps 4 and from 8 on have such a loss: each is skipped, three in a row end the run."""
+def test_non_finite_losses_never_reach_the_weights(small, tmp_path, monkeypatch):
+    """Step 4 and all from 8 have such a loss. Each is skipped, and three in a row end the run."""
     given = {**small, "out": str(tmp_path), "keep_every": 1, "max_skipped": 3, "eval_every": 100}
     loss = F.cross_entropy
     factors = iter([1, 1, 1, math.nan, 1, 1, 1, math.nan, math.nan, math.nan])
@@ -299,20 +299,20 @@ def test_what_is_not_finite_never_reaches_the_weights(small, tmp_path, monkeypat
     assert same(last["optimizer"]["state"], kept[6]["optimizer"]["state"])
 
 
-class Uneven(train.Text):
-    """Of the 24 targets of a window 0 to 24 count, by its first token."""
+class Uneven(train.Corpus):
+    """The first token of a window decides how many of its 24 targets count."""
 
     def targets(self, windows):
         return windows[:, 1:].masked_fill(torch.arange(24) >= windows[:, :1] % 25, -100)
 
 
-def test_micro_batches_and_bf16_change_no_more_than_rounding(small, tmp_path):
-    """Not even where windows differ in how many of their targets count."""
+def test_micro_batches_and_bf16_change_only_the_rounding(small, tmp_path):
+    """Even if the number of targets that count varies between windows."""
     given = {**small, "dropout": 0.0, "max_steps": 4, "clip": 1e9}
     for name, more in (("one", {}), ("micro", {"micro_batch": 3}), ("bf16", {"dtype": "bf16"})):
         done = train.train({**given, **more, "out": str(tmp_path / name)}, task=Uneven)
         assert {weight.dtype for weight in done["model"].values()} == {torch.float32}
-    # bf16 has 8 bits of mantissa: 0.4 % per product, less in the mean of a batch
+    # bf16 has an 8-bit mantissa: 0.4 % per product, less in the mean of a batch
     for run, name, rel in (
         ("micro", "train_loss", 1e-5),
         ("micro", "grad_norm", 1e-4),
@@ -323,7 +323,7 @@ def test_micro_batches_and_bf16_change_no_more_than_rounding(small, tmp_path):
 
 
 def in_processes(world, given, folder):
-    """train.train in as many processes, as torchrun would start them."""
+    """train.train in `world` processes, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -338,16 +338,16 @@ def in_processes(world, given, folder):
 
 
 @needs_fork
-def test_any_number_of_processes_is_one_run(small, tmp_path, monkeypatch):
-    """One process, then two, then two between which the model is split, then one again: the losses
-    of one process, to 1e-5, which is what float32 loses by sums in another order."""
+def test_any_number_of_processes_gives_the_same_run(small, tmp_path, monkeypatch):
+    """One process, then two, then two that share a sharded model, then one: the losses match those
+    of one process to 1e-5, the float32 error of sums in another order."""
     given = {**small, "dropout": 0.0, "batch_size": 6, "max_steps": 8, "eval_every": 2}
     given |= {"micro_batch": 1, "d_memory": 24}
     train.train({**given, "out": str(tmp_path / "one")}, task=Uneven)
     given["out"] = str(tmp_path / "n")
     for step, world, fsdp in ((2, 1, False), (4, 2, False), (6, 2, True), (8, 1, False)):
 
-        def stop(last=str(world - 1)):  # one of the processes is told to
+        def stop(last=str(world - 1)):  # one of the processes gets the signal
             if os.environ.get("RANK", "0") == last:
                 signal.raise_signal(signal.SIGTERM)
 
@@ -360,11 +360,11 @@ def test_any_number_of_processes_is_one_run(small, tmp_path, monkeypatch):
         want = [(step, pytest.approx(v, rel=1e-5)) for step, v in column(tmp_path / "one", name)]
         assert column(tmp_path / "n", name) == want
     one, n = (read(tmp_path / folder / "last.pt") for folder in ("one", "n"))
-    for name, weight in one["model"].items():  # through AdamW's square root
+    for name, weight in one["model"].items():  # AdamW's square root adds error
         assert torch.allclose(weight, n["model"][name], rtol=0, atol=1e-4)
 
 
-def test_too_little_memory_is_one_line_and_nothing_is_retried(small, tmp_path, monkeypatch):
+def test_out_of_memory_gives_one_line_and_no_retry(small, tmp_path, monkeypatch):
     error = torch.OutOfMemoryError("CUDA out of memory.\nmore lines")
     forward = Mock(side_effect=error)
     monkeypatch.setattr(FMem, "forward", forward)
@@ -378,7 +378,7 @@ BAD += " --device=cuda:99 --preset=tpu --context=9999999 --data=nowhere --data=\
 
 
 @pytest.mark.parametrize("option", BAD.split())
-def test_bad_input_is_one_line(option, small, tmp_path, capsys):
+def test_bad_input_gives_a_one_line_error(option, small, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main([*options(small, tmp_path / "out"), option])
     message = exit.value.code
@@ -388,34 +388,34 @@ def test_bad_input_is_one_line(option, small, tmp_path, capsys):
     assert not (tmp_path / "out/last.pt").exists()
 
 
-def test_settings_are_given_or_resumed_or_of_the_preset():
+def test_settings_are_given_resumed_or_from_the_preset():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert (train.settle({}, {}, cpu).d_model, train.settle({}, {}, gpu).d_model) == (192, 384)
-    assert train.settle({"preset": "gpu"}, {}, cpu).max_steps == 650
+    assert (train.resolve({}, {}, cpu).d_model, train.resolve({}, {}, gpu).d_model) == (192, 384)
+    assert train.resolve({"preset": "gpu"}, {}, cpu).max_steps == 650
     saved = {"preset": "gpu", "d_model": 8, "lr": 1.0}
-    settled = train.settle({"lr": 2.0}, saved, cpu)
-    assert (settled.preset, settled.d_model, settled.lr, settled.n_layer) == ("gpu", 8, 2.0, 8)
+    resolved = train.resolve({"lr": 2.0}, saved, cpu)
+    assert (resolved.preset, resolved.d_model, resolved.lr, resolved.n_layer) == ("gpu", 8, 2.0, 8)
 
 
-def test_an_epoch_reads_the_text_once(corpus, monkeypatch):
+def test_epoch_reads_the_text_once(corpus, monkeypatch):
     loaded = prepare.load(corpus)
     monkeypatch.setattr(prepare, "load", lambda folder: (np.arange(1000), *loaded[1:]))
-    task = train.Text(train.Settings(context=24, seed=1, data="numbers"))
+    task = train.Corpus(train.Settings(context=24, seed=1, data="numbers"))
     windows = task.windows(0, 2 * task.windows_per_epoch)
-    assert (windows == windows[:, :1] + torch.arange(25)).all()  # each a piece of it
+    assert (windows == windows[:, :1] + torch.arange(25)).all()  # each is a piece of it
     orders = []
     for epoch in windows.split(task.windows_per_epoch):
         targets = task.targets(epoch).flatten().tolist()
-        assert len(set(targets)) == len(targets) >= 1000 - 2 * 24  # none twice, few left out
+        assert len(set(targets)) == len(targets) >= 1000 - 2 * 24  # none twice, few omitted
         orders.append(epoch[:, 0].argsort().tolist())
     assert sorted(orders[0]) not in orders and orders[0] != orders[1]  # shuffled
-    for number in (task.windows_per_epoch, 0):  # each a function of its number alone
+    for number in (task.windows_per_epoch, 0):  # each depends only on its number
         assert torch.equal(task.windows(number, 1)[0], windows[number])
 
 
 @pytest.mark.parametrize("count, limit", [(2, None), (7, 100)])
 def test_validation_counts_every_token_once(count, limit, corpus):
-    task = train.Text(train.Settings(data=str(corpus), context=24))
+    task = train.Corpus(train.Settings(data=str(corpus), context=24))
     task.val = task.val[:130]  # five windows of 24 and one of 9
     model = FMem(FMemConfig(task.vocab_size, n_layer=1, d_model=16, n_rows=8, k_rows=2)).eval()
     processes = train.Processes(torch.device("cpu"), False)
