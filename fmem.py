@@ -193,7 +193,8 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
 
         y_t = sum_i q_t[i] decay_t[i] H[i] + sum_{s<=t} (sum_i q_t[i] decay_t[i] w_s[i]) xbar_s
 
-    Only H (across chunks) and n_t (inside a chunk) are serial. Each is one call of `recurrence`.
+    Only H (across chunks) and n_t (inside a chunk) are serial, one call of `recurrence` each: N
+    steps give H for all N chunks, then C steps give n_t, in all chunks at once, then every y_t.
 
     G, decay, w and their products are float64, so that exp(G) and exp(-G) neither overflow nor lose
     digits. Their size does not grow with d. A theta of 1 erases a row, and log(1 - theta) would be

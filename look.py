@@ -38,9 +38,9 @@ from data import tokenizer
 
 TEMPLATE = Path(__file__).resolve().with_name("look.html")
 MARK = "<!-- a page of fmem's look.py -->"  # in the second line of every page
-MOST_TOKENS = 1024  # per page; the attention map has that many rows and columns
+MAX_TOKENS = 1024  # per page; the attention map has that many rows and columns
 PASSAGE = 160  # tokens of the validation text to show if no prompt is given
-LIKELIEST = 8  # predicted tokens to show
+TOP_PREDICTIONS = 8  # predicted tokens to show
 
 
 # What the layers do.
@@ -144,7 +144,7 @@ def record_layer(layer, x, state=None):
 # The page.
 
 
-def visible(piece):
+def escape_unprintable(piece):
     """A token's bytes as text; incomplete and unprintable characters become escapes."""
     text = piece.decode("utf-8", "backslashreplace")
     return "".join(
@@ -152,7 +152,7 @@ def visible(piece):
     )
 
 
-def packed(values, dtype=torch.float32):
+def to_base64(values, dtype=torch.float32):
     """An array as base64 of little-endian numbers."""
     array = values.to(dtype).contiguous().numpy()
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
@@ -171,11 +171,11 @@ def layer_data(layer):
         "m": layer.theta.shape[1],
         "k": k,
         "n_routed": layer.n_routed,
-        "rows": packed(rows, torch.int32),  # [T, k], as the next three
-        "theta": packed(layer.theta.gather(1, rows)),
-        "phi": packed(layer.phi.gather(1, rows)),
-        "rms": packed(layer.rms[1:].gather(1, rows)),
-        "rms_before": packed(layer.rms[0]),  # [m]
+        "rows": to_base64(rows, torch.int32),  # [T, k], as the next three
+        "theta": to_base64(layer.theta.gather(1, rows)),
+        "phi": to_base64(layer.phi.gather(1, rows)),
+        "rms": to_base64(layer.rms[1:].gather(1, rows)),
+        "rms_before": to_base64(layer.rms[0]),  # [m]
         "eta": rounded(layer.eta),
         "mu": rounded(layer.mu),
         "entropy": rounded(layer.entropy),
@@ -191,12 +191,12 @@ def page_data(layers, logits, tokens, words, **more):
     """
     log_p = torch.log_softmax(logits.double(), -1)
     loss = -log_p[:-1].gather(1, tokens[1:, None])[:, 0]
-    p, ids = log_p.exp().topk(min(LIKELIEST, log_p.shape[1]), -1)
+    p, ids = log_p.exp().topk(min(TOP_PREDICTIONS, log_p.shape[1]), -1)
     shown = {*tokens.tolist(), *ids.flatten().tolist()}
     return {
         "words": {token: words[token] for token in sorted(shown)},
         "tokens": tokens.tolist(),
-        "show": most_telling(layers[0]),  # selected at the start
+        "show": longest_range_token(layers[0]),  # selected at the start
         "loss": [None, *rounded(loss)],
         "top": [
             list(zip(i, rounded(v), strict=True)) for i, v in zip(ids.tolist(), p, strict=True)
@@ -206,7 +206,7 @@ def page_data(layers, logits, tokens, words, **more):
     }
 
 
-def most_telling(layer):
+def longest_range_token(layer):
     """The token in the second half of the text that reads from furthest back, on average."""
     share, _ = layer.shares()
     position = torch.arange(len(share))
@@ -280,7 +280,7 @@ def text_and_words(saved, args):
             raise ValueError(f"for a model of {saved['corpus']}, --prompt must be {numbers}")
         return [int(n) for n in numbers], words
     encoding = tokenizer.load_tokenizer(saved["tokenizer"])
-    words = [visible(piece) for piece in tokenizer.token_bytes(encoding)]
+    words = [escape_unprintable(piece) for piece in tokenizer.token_bytes(encoding)]
     words[encoding.eot_token] = tokenizer.EOT
     if args.prompt is None:
         folder = Path(args.data or saved["settings"]["data"])
@@ -300,7 +300,7 @@ def look(args):
     tokens, words = text_and_words(saved, args)
 
     # If the text is longer than a page, show its end, from the state after the rest.
-    count = min(args.tokens or MOST_TOKENS, MOST_TOKENS - args.generate)
+    count = min(args.tokens or MAX_TOKENS, MAX_TOKENS - args.generate)
     tokens = torch.tensor(tokens)
     before, shown = tokens[:-count], tokens[-count:]
     state = None
@@ -355,10 +355,10 @@ def main(argv=None):
     add("--out", type=Path, metavar="FILE", help="default: look.html beside the checkpoint")
     parser.error = lambda text: parser.exit(2, f"look.py: error: {tokenizer.one_line(text)}\n")
     args = parser.parse_args(argv)
-    if args.tokens is not None and not 2 <= args.tokens <= MOST_TOKENS:
-        parser.error(f"--tokens must be from 2 to {MOST_TOKENS}, not {args.tokens}")
-    if not 0 <= args.generate <= MOST_TOKENS - 2:
-        parser.error(f"--generate must be from 0 to {MOST_TOKENS - 2}, not {args.generate}")
+    if args.tokens is not None and not 2 <= args.tokens <= MAX_TOKENS:
+        parser.error(f"--tokens must be from 2 to {MAX_TOKENS}, not {args.tokens}")
+    if not 0 <= args.generate <= MAX_TOKENS - 2:
+        parser.error(f"--generate must be from 0 to {MAX_TOKENS - 2}, not {args.generate}")
     try:
         out, data = look(args)
     except (ValueError, OSError, RuntimeError) as error:

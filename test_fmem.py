@@ -57,7 +57,7 @@ def assert_close(bound, got, want):
 
 
 def scan_inputs(T, sharp=3.0, k=None):
-    """theta, phi, xbar and h0 in float64, with theta of exactly 0 and 1, even for consecutive tokens."""
+    """theta, phi, xbar and h0 in float64. theta is also exactly 0 or 1, for several tokens too."""
     alpha = torch.softmax(sharp * torch.randn(2, T, 6), -1)
     if k is not None:
         top, rows = alpha.topk(k, -1)
@@ -133,14 +133,14 @@ def reference(layer, x, h):
     return torch.stack(ys), h
 
 
-@pytest.mark.parametrize("form", ["loop", "chunked", "recompute", "steps"])
+@pytest.mark.parametrize("backend", ["loop", "chunked", "recompute", "steps"])
 @pytest.mark.parametrize("k_rows", [None, 1, 3])
-def test_layer_matches_the_papers_equations(form, k_rows):
+def test_layer_matches_the_papers_equations(backend, k_rows):
     """Outputs, the last memory, and the gradients of x, the first memory and every weight."""
-    config = tiny(k_rows=k_rows, scan="loop" if form == "loop" else "chunked")
-    config.recompute = form == "recompute"
+    config = tiny(k_rows=k_rows, scan="loop" if backend == "loop" else "chunked")
+    config.recompute = backend == "recompute"
     assert config.k_rows == (k_rows or 8)
-    bound = CHUNKED_ERROR if form in ("chunked", "recompute") else 1e-10
+    bound = CHUNKED_ERROR if backend in ("chunked", "recompute") else 1e-10
     layer = FactorizationMemory(config).double()
     x = torch.randn(2, 41, 16, dtype=torch.float64, requires_grad=True)
     h = torch.randn(2, 8, 24, dtype=torch.float64, requires_grad=True)
@@ -148,7 +148,7 @@ def test_layer_matches_the_papers_equations(form, k_rows):
     dh = torch.randn(2, 8, 24, dtype=torch.float64)
     sequences = [reference(layer, *sequence) for sequence in zip(x, h, strict=True)]
     by_hand = [torch.stack(part) for part in zip(*sequences, strict=True)]
-    by_layer = by_steps(layer.step, x, h) if form == "steps" else layer(x, h)
+    by_layer = by_steps(layer.step, x, h) if backend == "steps" else layer(x, h)
     results = []
     for y, hT in (by_layer, by_hand):
         loss = (y * dy).sum() + (hT * dh).sum()
@@ -232,12 +232,12 @@ def test_only_the_k_rows_of_a_token_change():
 
 
 @pytest.mark.parametrize("k_rows", [None, 3])
-@pytest.mark.parametrize("form", ["loop", "chunked"])
-def test_whole_split_and_stepwise_calls_agree(k_rows, form):
+@pytest.mark.parametrize("backend", ["loop", "chunked"])
+def test_whole_split_and_stepwise_calls_agree(k_rows, backend):
     """So no output depends on a later token either."""
-    model = FMem(tiny(k_rows=k_rows, scan=form)).double()
+    model = FMem(tiny(k_rows=k_rows, scan=backend)).double()
     tokens = torch.randint(50, (2, 70))
-    bound = LOOP_ERROR if form == "loop" else CHUNKED_ERROR
+    bound = LOOP_ERROR if backend == "loop" else CHUNKED_ERROR
     logits, state = model(tokens)
     for cut in (1, 31, 32, 33, 69):
         first, middle = model(tokens[:, :cut])

@@ -37,7 +37,7 @@ DEFAULT = Path(__file__).resolve().parent / "default"
 FILES = ["meta.json", "train.bin", "val.bin"]  # of a prepared folder
 SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".js", ".rs", ".go")
 HELD_OUT_BYTES = 10**7  # the most text that is held out if there is no validation split
-LEARNED_BYTES = 2**25  # of text to train the tokenizer on, spread evenly over a larger corpus
+BPE_TRAINING_BYTES = 2**25  # of text to train the tokenizer on, spread evenly over a larger corpus
 
 
 def load(folder):
@@ -207,7 +207,7 @@ def make_tokenizer(name, pieces, size, vocab_size):
     if name != "bpe":
         return tiktoken.get_encoding(name)
     texts = (piece for split, piece in pieces if split == "train" and piece)
-    stride = size // LEARNED_BYTES + 1
+    stride = size // BPE_TRAINING_BYTES + 1
     ranks = bpe.train_bpe(itertools.islice(texts, 0, None, stride), vocab_size)
     special = {bpe.EOT: len(ranks)}
     return tiktoken.Encoding(
@@ -237,7 +237,7 @@ def write_folder(folder, pieces, corpus, enc):
     return meta
 
 
-def check_out(out, overwrite):
+def check_replaceable(out, overwrite):
     """Raises ValueError or OSError if `out` holds something that must not be replaced."""
     names = sorted(os.listdir(out)) if out.exists() else []
     if names and (names != FILES or b'"fmem"' not in (out / "meta.json").read_bytes()):
@@ -253,7 +253,7 @@ def prepare(out, documents=None, corpus="", tokenizer="bpe", vocab_size=1024, ov
     "val" or None; or {name: text or path}, without splits; or None for the default corpus.
     """
     out = Path(out).resolve()
-    check_out(out, overwrite)
+    check_replaceable(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         if documents is None:
@@ -269,7 +269,7 @@ def prepare(out, documents=None, corpus="", tokenizer="bpe", vocab_size=1024, ov
         folder.mkdir()
         meta = write_folder(folder, pieces_of(documents, size), corpus, enc)
         if out.exists():
-            check_out(out, overwrite)  # again: it may have changed since
+            check_replaceable(out, overwrite)  # again: it may have changed since
             for name in FILES:
                 (out / name).unlink(missing_ok=True)
             out.rmdir()

@@ -16,7 +16,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 
 # For training, the same in runs of at most 32: text without spaces would otherwise be one word.
 SHORT_WORDS = GPT2_PATTERN.replace("++", "{1,32}+").replace(r"\s+", r"\s{1,32}")
-MOST_WORDS = 2**16  # distinct words that the trainer counts, which bounds its time and memory
+MAX_WORDS = 2**16  # distinct words that the trainer counts, which bounds its time and memory
 PIECE = 2**18  # characters encoded at once; a million spaces overflow tiktoken's regex stack
 LAST_BORDER = regex.compile(r"(?r)(?<=\p{L}) ")  # the last space after a letter
 
@@ -30,8 +30,8 @@ def train_bpe(texts, vocab_size):
     counted = Counter()
     for text in texts:
         counted.update(regex.findall(SHORT_WORDS, text))
-        if len(counted) > MOST_WORDS:  # drop the rare half
-            counted = Counter(dict(counted.most_common(MOST_WORDS // 2)))
+        if len(counted) > MAX_WORDS:  # drop the rare half
+            counted = Counter(dict(counted.most_common(MAX_WORDS // 2)))
     frequency = list(counted.values())
     words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in counted]
     ranks = {bytes([b]): b for b in range(256)}

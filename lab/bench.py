@@ -96,7 +96,7 @@ def forward_backward(scan, arguments):
     return [y.detach(), *torch.autograd.grad(y.sum(), arguments)]
 
 
-def scan_forms(device):
+def scan_implementations(device):
     """{name: implementation of the scan}. Raises ValueError if one does not match the loop."""
     forms = {"loop": fmem.scan_loop, "chunked": fmem.scan_chunked}
     if device.type == "cuda":
@@ -113,7 +113,7 @@ def scan_forms(device):
 
 
 def bench_scan(device, args):
-    forms = scan_forms(device)
+    forms = scan_implementations(device)
     for B, T, m, d in SCANS:
         arguments = scan_arguments(B, T, m, d, device)
         if B * T * m * d > 2**28:  # the loop stores several times that for its gradient
@@ -141,7 +141,7 @@ def training_step(model, tokens):
 
 
 def bench_train(device, args):
-    scan_forms(device)
+    scan_implementations(device)
     models = make_models(device)
     for T in TRAIN_CONTEXTS:
         tokens = torch.randint(1000, (TOKENS // T, T + 1), device=device)

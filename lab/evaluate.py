@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import fmem
 from data import prepare
 from data.tokenizer import load_tokenizer, token_bytes
-from lab.tasks import KEYS, LEAST_PAIRS, PASSKEY_LENGTH, TASKS, score
+from lab.tasks import KEYS, MIN_PAIRS, PASSKEY_LENGTH, TASKS, score
 from train import one_line_errors, pick_device
 
 
@@ -104,7 +104,7 @@ def right_answers(model, task, count, hard, device):
 def recall_by_pairs(model, context, device, count=256):
     """Associative recall with 4, 8, 16, ... pairs, up to the most that fit the training length."""
     task = TASKS["mqar"](SimpleNamespace(context=context, seed=0))
-    pairs = LEAST_PAIRS
+    pairs = MIN_PAIRS
     while pairs <= min(context // 4, KEYS):
         answers = right_answers(model, task, count, pairs, device)
         yield {"result": "recall", "pairs": pairs, **answers}

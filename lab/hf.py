@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ("lab/modeling_fmem.py", "lab/layers.py", "fmem.py", "kernel.py", "LICENSE")
 
 
-def probes(count, seed=0):
+def random_texts(count, seed=0):
     """Random texts, of few letters and of many scripts, that show how a tokenizer splits."""
     draw = random.Random(seed)
     alphabets = ["ab", "\r\n\t a'", "1 2a", "'s t", "  \u00a0\u3000.", "<|end>", "etaoinsh"]
@@ -54,7 +54,7 @@ def fast_tokenizer(enc):
     )
     if tokenizer.token_to_id(EOT) != enc.eot_token:  # its ids have gaps
         raise ValueError(f"the tokenizer {enc.name} cannot be exported: {EOT} has a new id")
-    for text in probes(2000):
+    for text in random_texts(2000):
         if tokenizer.encode(text, add_special_tokens=False).ids != encode(enc, text).tolist():
             raise ValueError(f"the tokenizer {enc.name} cannot be exported: {text[:40]!r} differs")
     return tokenizer
@@ -66,7 +66,7 @@ def export(checkpoint, out):
         from safetensors.torch import save
         from transformers import PreTrainedTokenizerFast
     except ImportError as error:
-        raise ValueError(f"{error}; run pip install transformers safetensors") from None
+        raise ValueError(f"to export, run pip install transformers safetensors: {error}") from None
     model, saved = fmem.load(checkpoint)
     if model.layer_name not in ("FactorizationMemory", "ExtendedMemory"):
         raise ValueError(f"{model.layer_name} cannot be exported; transformers has its own")

@@ -19,11 +19,11 @@ KEYS = 64  # tokens 0 ... 63: the keys, or the noise
 VALUES = 64  # tokens 64 ... 127: the values; the first ten are the digits
 DIGITS = 10
 PASSKEY_LENGTH = 4
-ASK = 128  # "?"
-HERE = 129  # "!"
+QUERY = 128  # "?"
+MARKER = 129  # "!"
 VOCAB_SIZE = 130
 
-LEAST_PAIRS = 4
+MIN_PAIRS = 4
 VALIDATION_WINDOWS = 256
 TOKENS_AT_ONCE = 2048  # per call of the model in `score`
 
@@ -64,8 +64,8 @@ class Recall:
 
     def __init__(self, settings):
         """Raises ValueError for a context that is too short."""
-        if settings.context < self.least_context:
-            raise ValueError(f"--context must be at least {self.least_context} for {self.corpus}")
+        if settings.context < self.min_context:
+            raise ValueError(f"--context must be at least {self.min_context} for {self.corpus}")
         self.length = settings.context + 1
         self.seed = settings.seed
         self.about = f"{self.corpus}, generated window by window"
@@ -84,7 +84,7 @@ class Recall:
 
     def targets(self, windows):
         """The targets, int64 [count, context]: the answers, and -100 elsewhere."""
-        after_question = (windows == ASK).cumsum(1)[:, :-1] > 0
+        after_question = (windows == QUERY).cumsum(1)[:, :-1] > 0
         tokens = windows[:, 1:]
         is_value = (tokens >= KEYS) & (tokens < KEYS + VALUES)
         return tokens.masked_fill(~(after_question & is_value), -100)
@@ -109,24 +109,24 @@ class Recall:
 
 class AssociativeRecall(Recall):
     corpus = "mqar"
-    least_context = 4 * LEAST_PAIRS
+    min_context = 4 * MIN_PAIRS
 
     @staticmethod
     def generate(rng, length, pairs=None):
         """A window of `length` tokens. pairs: their number; None: 4, 8, ..., equally often."""
         if pairs is None:
-            doublings = int(np.log2(min((length - 1) // 4, KEYS) / LEAST_PAIRS))
-            pairs = LEAST_PAIRS * 2 ** rng.integers(doublings + 1)
+            doublings = int(np.log2(min((length - 1) // 4, KEYS) / MIN_PAIRS))
+            pairs = MIN_PAIRS * 2 ** rng.integers(doublings + 1)
         keys = rng.permutation(KEYS)[:pairs]
         values = KEYS + rng.integers(VALUES, size=pairs)
         table = np.stack([keys, values], 1)
-        asked = rng.integers(pairs, size=length // 2)
-        return np.concatenate([table.ravel(), [ASK], table[asked].ravel()])[:length]
+        queried = rng.integers(pairs, size=length // 2)
+        return np.concatenate([table.ravel(), [QUERY], table[queried].ravel()])[:length]
 
 
 class Passkey(Recall):
     corpus = "passkey"
-    least_context = 2 * PASSKEY_LENGTH + 1
+    min_context = 2 * PASSKEY_LENGTH + 1
 
     @staticmethod
     def generate(rng, length, distance=None):
@@ -138,7 +138,7 @@ class Passkey(Recall):
         noise = rng.integers(KEYS, size=most)
         before = noise[distance:]
         between = noise[:distance]
-        return np.concatenate([before, [HERE], digits, between, [ASK], digits])
+        return np.concatenate([before, [MARKER], digits, between, [QUERY], digits])
 
 
 TASKS = {task.corpus: task for task in (AssociativeRecall, Passkey)}

@@ -72,7 +72,7 @@ def test_train_bpe_bounds_word_length_and_word_count(monkeypatch):
     short = regex.findall(tokenizer.SHORT_WORDS, text)
     assert "".join(short) == text and max(map(len, short)) <= 33  # 32 and the space before
     assert max(map(len, tokenizer.train_bpe(["a" * 10_000], 400))) == 32
-    monkeypatch.setattr(tokenizer, "MOST_WORDS", 64)
+    monkeypatch.setattr(tokenizer, "MAX_WORDS", 64)
     ranks = tokenizer.train_bpe(["frequent " * 5 + f"{i} " for i in range(1000)], 3000)
     assert b"frequent" in ranks and len(ranks) < 1000  # all the words would fill the vocabulary
 

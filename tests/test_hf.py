@@ -211,7 +211,7 @@ def test_any_text_gives_the_same_tokens(exported):
     """Except special tokens, which are recognised, as everywhere in the library."""
     checkpoint, _, words = exported
     enc = tokenizer.load_tokenizer(fmem.load(checkpoint)[1]["tokenizer"])
-    for text in hf.probes(1000, seed=1):
+    for text in hf.random_texts(1000, seed=1):
         tokens = tokenizer.encode(enc, text).tolist()
         assert words(text, add_special_tokens=False).input_ids == tokens, repr(text)
         assert words.decode(tokens) == enc.decode(tokens)

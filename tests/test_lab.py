@@ -212,13 +212,13 @@ def test_associative_recall_queries_any_key_at_any_time():
     windows = task.windows(0, 200)
     sizes = set()
     for window, targets in zip(windows.tolist(), task.targets(windows).tolist(), strict=True):
-        ask = window.index(tasks.ASK)
+        ask = window.index(tasks.QUERY)
         pairs = dict(zip(window[:ask:2], window[1:ask:2], strict=True))
         sizes.add(len(pairs))
         assert ask == 2 * len(pairs)  # no key has two values
-        asked = window[ask + 1 : -1 : 2]
+        queried = window[ask + 1 : -1 : 2]
         answers = [target for target in targets if target >= 0]
-        assert answers == [pairs[key] for key in asked] == targets[ask + 1 :: 2]
+        assert answers == [pairs[key] for key in queried] == targets[ask + 1 :: 2]
     assert sizes == {4, 8, 16}
 
 
@@ -227,13 +227,13 @@ def test_passkey_is_anywhere_before_the_question():
     windows = task.windows(0, 300)
     places = set()
     for window, targets in zip(windows.tolist(), task.targets(windows).tolist(), strict=True):
-        here = window.index(tasks.HERE)
+        here = window.index(tasks.MARKER)
         places.add(here)
         answers = [target for target in targets if target >= 0]
         assert window[here + 1 : here + 5] == window[-4:] == answers == targets[-4:]
-        assert window[-5] == tasks.ASK and all(64 <= token < 74 for token in answers)
+        assert window[-5] == tasks.QUERY and all(64 <= token < 74 for token in answers)
     assert places == set(range(32))
-    assert (task.windows(0, 5, hard=31)[:, 0] == tasks.HERE).all()
+    assert (task.windows(0, 5, hard=31)[:, 0] == tasks.MARKER).all()
 
 
 def oracle(tokens, state=None):

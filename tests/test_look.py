@@ -79,7 +79,7 @@ def test_visible_bytes():
     """Whole characters stay as they are; the rest becomes escapes that do not affect the layout."""
     pieces = ["é".encode(), b"\xc3", b" a\n", b"\t", b"\x1b", "\u202e".encode()]
     shown = ["é", "\\xc3", " a\n", "\\t", "\\x1b", "\\u202e"]
-    assert [look.visible(piece) for piece in pieces] == shown
+    assert [look.escape_unprintable(piece) for piece in pieces] == shown
 
 
 def table(page, body):
