@@ -5,7 +5,8 @@ Factorization Memory", arXiv 2511.00315 (2025). Each layer keeps a memory h with
 with input x has an affinity alpha[i] for each row i. It moves row i a fraction theta[i] of the way
 to a vector xbar, the same for every row. It reads a mixture of the rows, each scaled to unit RMS.
 In the sparse variant, it writes and reads only the k rows with the largest alpha; all others keep
-their exact values. The state has a fixed size, so a token costs the same at any context length.
+their exact values. That saves work in generation, not in training, where products cover all rows.
+The state has a fixed size, so a token costs the same at any context length.
 
     B sequences of T tokens, m rows, k rows per token, d = d_memory
 
@@ -21,15 +22,15 @@ their exact values. The state has a fixed size, so a token costs the same at any
     gamma   12   B T m    1 for the k largest alpha, else 0; alpha in eqs. 7 and 8 is replaced by
             13            gamma alpha / sum(gamma alpha)
 
-This is gated linear attention with m rows: keys and queries are the same softmax gates, every row
-receives the same vector, and the read normalises each row. It is also a minGRU with m rows that
-share one candidate.
+This is gated linear attention with m rows: key theta, query phi and forget gate 1 - theta come from
+one softmax, every row receives the same vector, and the read normalises each row. It is also a
+minGRU with m rows that share one candidate.
 
 This file is the whole model, in reading order: config, routing, recurrence, layer, block, model,
 sampling, loading. `scan_loop` defines the recurrence token by token; `scan_chunked` computes it
 with matrix products. The file needs only torch. On a GPU, the serial part of the scan,
 `recurrence`, is the Triton kernel in kernel.py. The paper does not specify how the weights and the
-memory start: init_weights and zeros are our choice. So are the row norm's 1e-5 and missing gain.
+memory start: init_weights and zeros are our choice. So is a row norm with eps 1e-5 and no gain.
 """
 
 import importlib
@@ -157,8 +158,8 @@ else:
 def recurrence(keep, write, first):
     """s_t = keep_t s_{t-1} + write_t, from s_0 = first. This is the only serial part of the scan.
 
-    keep [G, T, m], write [G, T, m, d], first [G, m, d]. Returns s BEFORE each step [G, T, m, d] in
-    write's dtype, and s after the last step [G, m, d] in float32 (float64 if first is float64).
+    keep [B, T, m], write [B, T, m, d], first [B, m, d]. Returns s BEFORE each step [B, T, m, d] in
+    write's dtype, and s after the last step [B, m, d] in float32 (float64 if first is float64).
     """
     if kernel is not None and write.is_cuda:
         return kernel.recurrence(keep, write, first)
@@ -171,20 +172,21 @@ def recurrence(keep, write, first):
 
 
 TINY = 1e-8  # a row keeps at least this fraction of its value, so log(1 - theta) stays finite
-CHUNK = 32  # tokens per chunk; exp(-G) can reach TINY ** -CHUNK, and more would overflow float64
+CHUNK = 32  # tokens per chunk; exp(-G) reaches TINY ** -CHUNK = 1e256; float64 ends at 1e308
 
 
 def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
     """`scan_loop` as matrix products, CHUNK tokens at a time. Same arguments, results, gradients.
 
-    Let H be the memory before a chunk, and G_t the sum of log(1 - theta) over the chunk's tokens up
-    to t. Eq. 10 is linear in h. Inside a chunk it is therefore linear attention, with keys w and a
-    decay:
+    There are N chunks of C tokens. Let H be a row before its chunk, and G_t the sum of
+    log(1 - theta) over the chunk's tokens up to t. Eq. 10 is linear in h. Inside a chunk it is
+    therefore linear attention, with keys w and a decay. For each row:
 
         decay_t = exp(G_t)    w_s = theta_s exp(-G_s)    h_t = decay_t (H + sum_{s<=t} w_s xbar_s)
 
-    The norm in eq. 11 is not linear, but it needs only the squared norm n_t of each row. n_t has
-    its own recurrence. The inner products in it can be computed before any h_t is known:
+    The norm in eq. 11 is not linear, but it needs only the squared norm n_t of each row. Squaring
+    eq. 10, with (1 - theta_t) h_{t-1} = h_t - theta_t xbar_t, gives n_t a recurrence. It needs only
+    inner products with xbar_t, which can be computed without any h_t:
 
         <h_t, xbar_t> = decay_t (<H, xbar_t> + sum_{s<=t} w_s <xbar_s, xbar_t>)
         n_t = (1 - theta_t)^2 n_{t-1} + theta_t (2 <h_t, xbar_t> - theta_t <xbar_t, xbar_t>)
@@ -193,18 +195,18 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
 
         y_t = sum_i q_t[i] decay_t[i] H[i] + sum_{s<=t} (sum_i q_t[i] decay_t[i] w_s[i]) xbar_s
 
-    Only H (across chunks) and n_t (inside a chunk) are serial, one call of `recurrence` each: N
-    steps give H for all N chunks, then C steps give n_t, in all chunks at once, then every y_t.
+    Two parts are serial, one call of `recurrence` each. H takes N steps, from chunk to chunk. Then
+    n_t takes C steps, from token to token, in all chunks at once. After that every y_t is known.
 
-    G, decay, w and their products are float64, so that exp(G) and exp(-G) neither overflow nor lose
-    digits. Their size does not grow with d. A theta of 1 erases a row, and log(1 - theta) would be
-    -inf. So a row keeps at least the fraction TINY, and a chunk of such tokens leaves 1e-256.
-    Results and gradients are accurate to 3e-7 in float32, even if theta is 0 or 1. In float64 the
-    error is 2e-8, due to TINY. Both hold for rows and inputs of similar size. A row is less
-    accurate if its writes almost cancel, or if it replaces an erased row 1e4 times as large.
+    G, decay, w and their products are float64, so that exp(-G) does not overflow and no digits are
+    lost. They have no dimension d, so this is affordable. A theta of 1 erases a row, and its
+    log(1 - theta) would be -inf. So a row keeps at least the fraction TINY; after a chunk of such
+    tokens, 1e-256 of it is left. Results and gradients are accurate to 3e-7 in float32, even if
+    theta is 0 or 1. In float64 the error is 2e-8, due to TINY. A row is less accurate if its writes
+    almost cancel, or if theta = 1 erases a value 1e4 times as large as what is written.
 
-    Under autocast, xbar and H are bf16, and weights are cast to bf16 to multiply them. The squared
-    norms are float32. They are computed from the rounded xbar and H, since those are what is read.
+    Under autocast, xbar and H are bf16, and decay, w and A are cast to bf16 before products with
+    them. The squared norms are float32, of the rounded xbar and H, since those are what is read.
     """
     h0 = initial_memory(theta, phi, xbar, h0)
     T, d = xbar.shape[1:]
@@ -236,7 +238,7 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
         hx = decay * (S + K.tril().double() @ w)  # [B, N, C, m] <h_t, xbar_t>
         xx = K.diagonal(dim1=-2, dim2=-1)[..., None]  # [B, N, C, 1]
         change = theta * (2 * hx.to(theta.dtype) - theta * xx)  # [B, N, C, m]
-        keep = (1 - theta).square()
+        keep = (1 - theta).square()  # without TINY: no logarithm here
         n_H = upcast(H).square().sum(-1)  # [B, N, m]
         n_before, _ = recurrence(
             keep.flatten(0, 1), change.flatten(0, 1)[..., None], n_H.flatten(0, 1)[..., None]
@@ -255,7 +257,7 @@ class FactorizationMemory(nn.Module):
     """The memory layer, eqs. 4 to 13. Its input is the block's normalised residual stream.
 
     Another layer can replace it (`FMem(config, layer=...)`) if it has the same `forward`, `step`
-    and `init_weights`. Its state may be a tensor, or a tuple of tensors and None. `load` supports
+    and `init_weights`. Its state may be a tensor, or a tuple of tensors or None. `load` supports
     it only if it is defined in lab/layers.py and listed in LAB_LAYERS.
     """
 
@@ -271,10 +273,10 @@ class FactorizationMemory(nn.Module):
     def scan_inputs(self, x, state=None):
         """x [B, T, d_model] -> theta, phi [B, T, m], zero outside the top k, and xbar [B, T, d].
 
-        state: the layer's state before x, for layers whose routing depends on earlier tokens.
+        state: the layer's state before x; used by layers of lab/ that route by earlier tokens too.
         """
         theta, phi, rows = route(x, self)
-        if rows is not None:  # mask, do not gather: a chunk of tokens uses nearly every row
+        if rows is not None:  # no time is saved: a chunk of tokens uses nearly every row
             zeros = theta.new_zeros(*theta.shape[:-1], self.config.n_rows)
             theta = zeros.scatter(-1, rows, theta)
             phi = zeros.scatter(-1, rows, phi)
@@ -322,7 +324,7 @@ class FactorizationMemory(nn.Module):
 
         branch_scale is for matrices that write to the residual stream. W_alpha's input has unit
         RMS, so its logits start with standard deviation alpha_std at any width and tau. With logits
-        of 0, all rows would store the same average and diverge only slowly. eta, mu start at 1/2.
+        of 0, all rows would store the same and get the same gradient. eta and mu start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
@@ -433,7 +435,7 @@ class FMem(nn.Module):
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens must have shape [B, T], T at least 1, not {[*tokens.shape]}")
         state = copy_state(state)
-        if state is not None and tokens.shape[1] == 1:  # one step, as in the unsplit sequence
+        if state is not None and tokens.shape[1] == 1:  # a step, as `generate` would go on
             x, state = self.hidden(tokens[:, 0], state)
         else:
             for piece in tokens.split(PREFILL, 1):

@@ -45,7 +45,7 @@ def recurrence_kernel(
     REVERSE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One program: all steps for BLOCK of the width = m D numbers of s in one of G sequences."""
+    """One program: all steps for BLOCK of the width = m D numbers of s in one of B sequences."""
     sequence = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -120,14 +120,14 @@ recurrence_op.register_autograd(gradient, setup_context=save_for_gradient)
 def recurrence(keep, write, first):
     """fmem.recurrence on a GPU: s_t = keep_t s_{t-1} + write_t, from s_0 = first.
 
-    keep [G, T, m], write [G, T, m, d], first [G, m, d]: on one device, of any floating-point types,
-    sizes and strides. Returns s before each step [G, T, m, d] in write's dtype, and s after the
-    last step [G, m, d] in float32 (float64 if first is float64), the type in which s is computed.
+    keep [B, T, m], write [B, T, m, d], first [B, m, d]: on one device, of any floating-point types,
+    sizes and strides. Returns s before each step [B, T, m, d] in write's dtype, and s after the
+    last step [B, m, d] in float32 (float64 if first is float64), the type in which s is computed.
     Only first derivatives are supported. Raises ValueError if the arguments do not match.
     """
     if write.dim() != 4 or keep.shape != write.shape[:3] or first.shape != write[:, 0].shape:
         shapes = ", ".join(str(tuple(v.shape)) for v in (keep, write, first))
-        raise ValueError(f"shapes must be [G, T, m], [G, T, m, d] and [G, m, d], not {shapes}")
+        raise ValueError(f"shapes must be [B, T, m], [B, T, m, d] and [B, m, d], not {shapes}")
     if not all(v.is_floating_point() and v.device == write.device for v in (keep, write, first)):
         raise ValueError("keep, write and first must be floating-point tensors on one device")
     return recurrence_op(keep, write, first, False)

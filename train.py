@@ -14,9 +14,9 @@ Every field of Settings is an option. A run writes these files to --out:
     log.csv    one row per log line and per evaluation
     loss.png   the loss curves, if matplotlib is installed
 
-The seed, the step, the position in the data and the process determine all randomness in a step. So
-a resumed run matches an uninterrupted one bit for bit, including log.csv except its column seconds.
-This needs the same number of threads and processes, and no --seconds.
+All randomness in a step is derived from the seed, the step, the position in the data and the
+process. So on a CPU a resumed run matches an uninterrupted one bit for bit, including log.csv
+except its column seconds. This requires the same number of threads and processes, and no --seconds.
 """
 
 import argparse
@@ -48,10 +48,10 @@ from data.tokenizer import load_tokenizer, one_line, printable, token_bytes
 from fmem import FORMAT, FactorizationMemory, FMem, FMemConfig, load
 
 
-def option(default, text, gpu=None, least=1):
+def option(default, text, gpu=None, minimum=1):
     """A field of Settings. gpu: its value in the preset "gpu", if that differs."""
     text += f" [{default}]" if gpu is None else f" [{default}, gpu: {gpu}]"
-    return field(default=default, metadata=dict(help=text, gpu=gpu, least=least))
+    return field(default=default, metadata=dict(help=text, gpu=gpu, minimum=minimum))
 
 
 @dataclass
@@ -72,16 +72,16 @@ class Settings:
     fsdp: bool = option(False, "shard weights and optimiser state across torchrun's processes")
     compile: bool = option(False, "use torch.compile")
     threads: int | None = option(None, "CPU threads (None: PyTorch's default)")
-    seed: int = option(1337, "random seed for weights, data order and dropout", least=0)
+    seed: int = option(1337, "random seed for weights, data order and dropout", minimum=0)
 
     n_layer: int = option(4, "number of blocks", gpu=8)
     d_model: int = option(192, "width of the residual stream", gpu=384)
     d_memory: int | None = option(None, "d, width of a memory row (None: d_model)")
     n_rows: int = option(32, "m, number of memory rows", gpu=64)
     k_rows: int | None = option(8, "k, rows that a token writes and reads (None: all)", gpu=16)
-    tau: float = option(FMemConfig.tau, "temperature of the affinity", least=0)
+    tau: float = option(FMemConfig.tau, "temperature of the affinity", minimum=0)
     d_mlp: int | None = option(None, "hidden width of the MLP (None: 8/3 d_model)")
-    dropout: float = option(0.0, "on the embedding and each branch's output", gpu=0.2, least=0)
+    dropout: float = option(0.0, "on the embedding and each branch's output", gpu=0.2, minimum=0)
     tie_embeddings: bool = option(True, "the output layer shares the embedding's weights")
     recompute: bool = option(False, "to save memory, recompute the scan in the backward pass")
 
@@ -89,13 +89,13 @@ class Settings:
     batch_size: int = option(8, "windows per step, across all processes", gpu=16)
     micro_batch: int | None = option(None, "windows per process and forward pass (None: all)")
     max_steps: int = option(1300, "optimiser steps", gpu=650)
-    seconds: float = option(math.inf, "wall-clock limit in seconds, to which the schedule adapts")
-    lr: float = option(4e-3, "AdamW's peak learning rate", gpu=3e-3, least=0)
-    min_lr: float = option(0.05, "final learning rate, as a fraction of the peak", least=0)
-    warmup: int = option(50, "steps of linear warm-up", least=0)
-    beta2: float = option(0.95, "AdamW's beta2", least=0)
-    weight_decay: float = option(0.1, "AdamW's weight decay, on the blocks' matrices only", least=0)
-    clip: float = option(1.0, "clip the gradient to this norm (0: no clipping)", least=0)
+    seconds: float = option(math.inf, "wall-clock limit; the learning rate schedule adapts to it")
+    lr: float = option(4e-3, "AdamW's peak learning rate", gpu=3e-3, minimum=0)
+    min_lr: float = option(0.05, "final learning rate, as a fraction of the peak", minimum=0)
+    warmup: int = option(50, "steps of linear warm-up", minimum=0)
+    beta2: float = option(0.95, "AdamW's beta2", minimum=0)
+    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices in the blocks", minimum=0)
+    clip: float = option(1.0, "clip the gradient to this norm (0: no clipping)", minimum=0)
     max_skipped: int = option(20, "stop after this many non-finite steps in a row")
 
     log_every: int = option(10, "steps between log lines")
@@ -106,9 +106,9 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            least = f.metadata["least"]
-            if type(value) in (int, float) and not value >= least:  # NaN fails too
-                raise ValueError(f"--{f.name} must be at least {least}, not {value}")
+            minimum = f.metadata["minimum"]
+            if type(value) in (int, float) and not value >= minimum:  # NaN fails too
+                raise ValueError(f"--{f.name} must be at least {minimum}, not {value}")
         for name, values in (("preset", "auto gpu cpu"), ("dtype", "auto bf16 float32")):
             if getattr(self, name) not in values.split():
                 raise ValueError(f"--{name} must be one of {values}, not {getattr(self, name)}")
@@ -204,11 +204,11 @@ class Corpus:
         if self.offsets < 1:
             raise ValueError(f"--context must be below the {len(self.tokens)} training tokens")
         if len(self.val) < 2:
-            raise ValueError(f"{folder}: the validation split has one token but needs two")
+            raise ValueError(f"{folder}: the validation split needs at least two tokens")
         self.windows_per_epoch = (len(self.tokens) - self.offsets) // self.context
 
     def windows(self, first, count):
-        """Windows number first, first + 1, ... of the run: int64 [count, context + 1].
+        """Windows `first` to `first + count - 1` of the run: int64 [count, context + 1].
 
         Each epoch cuts the text into windows from a new offset and reads them in a new order. Both
         depend only on the seed and the epoch, so a window depends only on its number.
@@ -253,8 +253,8 @@ class Corpus:
         nats, number, n_bytes = processes.sum(*total)
         bits = nats / math.log(2) / max(n_bytes, 1)
         loss = nats / number
-        words = f"{loss:.4f} nats per token, {bits:.4f} bits per byte ({number:,.0f} tokens)"
-        return loss, words, {"val_bpb": bits, "val_tokens": round(number)}
+        message = f"{loss:.4f} nats per token, {bits:.4f} bits per byte ({number:,.0f} tokens)"
+        return loss, message, {"val_bpb": bits, "val_tokens": round(number)}
 
 
 def progress(settings, state):
@@ -265,7 +265,7 @@ def progress(settings, state):
 
 
 def learning_rate(settings, step, done):
-    """Linear warm-up, then a cosine decay to min_lr. done: the fraction of the run, 0 to 1."""
+    """Linear warm-up times a cosine from 1 to min_lr. done: the fraction of the run, 0 to 1."""
     warmup = min(1, (step + 1) / (settings.warmup + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1)))
     return settings.lr * warmup * (settings.min_lr + (1 - settings.min_lr) * cosine)
@@ -320,7 +320,7 @@ def checkpoints(out):
 
 
 def check_same_run(now, saved):
-    """Raise ValueError if the resumed run has a different model, tokenizer or data order."""
+    """Raise ValueError if the resumed run has another model, tokenizer or order of windows."""
     now = {**now["settings"], **now, **now["config"]}
     before = {**saved["settings"], **saved, **saved["config"]}
     names = ("preset", "context", "seed", "layer", "layer_arguments", "tokenizer")
@@ -403,8 +403,8 @@ class Processes:
         dcp.set_state_dict(
             model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
         )
-        for group, settings in zip(optimizer.param_groups, groups, strict=True):
-            group.update(settings)
+        for group, kept in zip(optimizer.param_groups, groups, strict=True):
+            group.update(kept)
 
     def close(self):
         if self.joined:
@@ -422,7 +422,7 @@ def note_signals(stack):
         received.append(number)
         signal.signal(number, signal.default_int_handler)
         print(
-            "stopping  after this step or evaluation; send the signal again to stop at once",
+            "stopping  after the current step; send the signal again to stop at once",
             flush=True,
         )
 
@@ -454,7 +454,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
         if given.get("resume"):
             saved_model, saved = load(out / "last.pt")
             if "optimizer" not in saved:
-                raise ValueError(f"{out / 'last.pt'} has the weights alone and cannot be resumed")
+                raise ValueError(f"{out / 'last.pt'} has only weights and cannot be resumed")
         elif checkpoints(out) and not given.get("overwrite"):
             raise ValueError(f"{out} contains another run; use --resume, --overwrite or --out DIR")
         settings = resolve(given, saved.get("settings", {}), device)
@@ -466,13 +466,13 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
         task = task(settings)
         if first:
             processes.sum(0)
-        local, rest = divmod(settings.batch_size, processes.world)  # windows per process
-        if rest:
+        local, remainder = divmod(settings.batch_size, processes.world)  # windows per process
+        if remainder:
             raise ValueError(f"--batch_size must be divisible by the {processes.world} processes")
         micro = min(settings.micro_batch or local, local)
 
-        # The precision. Under bf16 autocast, TF32 loses nothing: its inputs are already bf16. With
-        # float32, it would make the squared norms of the memory rows too inaccurate.
+        # The precision. Under bf16 autocast, the few float32 products may use TF32. Otherwise they
+        # must not: the squared norms of the memory rows would be too inaccurate.
         dtype = settings.dtype
         if dtype == "auto":
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -509,7 +509,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
             log(f"resumed   after step {state.step}")
 
         # The log.
-        plot = first and (checkpoints(out) or not (out / "loss.png").exists())  # else not our file
+        plot = first and (checkpoints(out) or not (out / "loss.png").exists())  # keep others' files
         to_delete = checkpoints(out) if first and settings.overwrite else []  # on first save
         columns = ("step", "tokens", "train_loss", "lr", "grad_norm", "skipped", "val_loss")
         columns = (*columns, *task.columns, "seconds")
@@ -529,9 +529,9 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
 
         def validate(name, limit):
             model.eval()
-            loss, words, row = task.validate(model, limit, micro, processes, autocast)
+            loss, message, row = task.validate(model, limit, micro, processes, autocast)
             model.train()
-            log(f"{name:9s} step {state.step}: {words}")
+            log(f"{name:9s} step {state.step}: {message}")
             write_row(val_loss=loss, **row)
             return loss
 
@@ -555,7 +555,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
             count = max(processes.sum((targets != -100).sum().item())[0], 1)
             nats = torch.zeros((), device=device)
             for i in range(0, local, micro):
-                net.require_backward_grad_sync = i + micro >= local  # DDP: sync once, with the last
+                net.require_backward_grad_sync = i + micro >= local  # for DDP: sync with the last
                 with autocast():
                     logits, _ = net(windows[i : i + micro, :-1].to(device))
                 wanted = targets[i : i + micro].flatten().to(device)
@@ -603,16 +603,16 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
                 state.best = min(state.best, state.val_loss)
             if due or keep or stop or failed:
                 weights, moments = processes.gather(model, optimizer)
-                sampled = {**about, "model": weights, "step": state.step}
-                sampled["val_loss"] = state.val_loss
-                last = {**sampled, "optimizer": moments, **asdict(state)}
+                inference = {**about, "model": weights, "step": state.step}
+                inference["val_loss"] = state.val_loss
+                last = {**inference, "optimizer": moments, **asdict(state)}
                 while to_delete:
                     to_delete.pop().unlink(missing_ok=True)
                 if first and keep:
                     save(last, out / f"step-{state.step}.pt")
                 if first and better:
-                    save(sampled, out / "best.pt")
-                # last.pt comes last: after an earlier kill, a resumed run writes the others again.
+                    save(inference, out / "best.pt")
+                # last.pt comes last: if killed before it, a resumed run writes the others again.
                 if first:
                     save(last, out / "last.pt")
 
@@ -621,12 +621,12 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
         fsdp = " --fsdp" * processes.fsdp
         again = f"{launcher} {command} --resume{fsdp} --out {shlex.quote(str(out))}"
         if failed:
-            reason = f"{not_finite} steps in a row were not finite"
-            raise ValueError(f"{reason}; try {again} --lr {settings.lr / 3}")
+            reason = f"{not_finite} steps in a row had a non-finite loss or gradient"
+            raise ValueError(f"{reason}; try {again} --lr {settings.lr / 3:.2g}")
         if stop:
             log(f"stopped   after step {state.step}, checkpoint saved; to continue: {again}")
         else:
-            validate("final", None)
+            validate("final", None)  # of the last weights, which need not be those of best.pt
             reached = f"--{limiting} {getattr(settings, limiting)} is reached"
             log(f"done      {state.step} steps, {reached}; to continue: {again} --{limiting} N")
             if task.tokenizer:
