@@ -23,14 +23,14 @@ The state has a fixed size, so a token costs the same at any context length.
             13            gamma alpha / sum(gamma alpha)
 
 This is gated linear attention with m rows: key theta, query phi and forget gate 1 - theta come from
-one softmax, every row receives the same vector, and the read normalises each row. It is also a
-minGRU with m rows that share one candidate.
+one softmax, every row receives the same vector, and the read normalises each row. A row is also a
+minGRU with one gate for all its numbers; all rows share the candidate.
 
 This file is the whole model, in reading order: config, routing, recurrence, layer, block, model,
 sampling, loading. `scan_loop` defines the recurrence token by token; `scan_chunked` computes it
 with matrix products. The file needs only torch. On a GPU, the serial part of the scan,
-`recurrence`, is the Triton kernel in kernel.py. The paper does not specify how the weights and the
-memory start: init_weights and zeros are our choice. So is a row norm with eps 1e-5 and no gain.
+`recurrence`, is the Triton kernel in kernel.py. The paper does not say how weights and memory are
+initialised: init_weights and zeros are our choice. So is a row norm with eps 1e-5 and no gain.
 """
 
 import importlib
@@ -172,11 +172,11 @@ def recurrence(keep, write, first):
 
 
 TINY = 1e-8  # a row keeps at least this fraction of its value, so log(1 - theta) stays finite
-CHUNK = 32  # tokens per chunk; exp(-G) reaches TINY ** -CHUNK = 1e256; float64 ends at 1e308
+CHUNK = 32  # tokens per chunk; exp(-G) reaches TINY ** -CHUNK = 1e256; float64 overflows at 2e308
 
 
 def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
-    """`scan_loop` as matrix products, CHUNK tokens at a time. Same arguments, results, gradients.
+    """`scan_loop` as matrix products, CHUNK tokens at a time: same arguments, results, gradients.
 
     There are N chunks of C tokens. Let H be a row before its chunk, and G_t the sum of
     log(1 - theta) over the chunk's tokens up to t. Eq. 10 is linear in h. Inside a chunk it is
@@ -195,18 +195,19 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
 
         y_t = sum_i q_t[i] decay_t[i] H[i] + sum_{s<=t} (sum_i q_t[i] decay_t[i] w_s[i]) xbar_s
 
-    Two parts are serial, one call of `recurrence` each. H takes N steps, from chunk to chunk. Then
-    n_t takes C steps, from token to token, in all chunks at once. After that every y_t is known.
+    Two parts are serial, one call of `recurrence` each. H takes N steps; it alone passes from chunk
+    to chunk. Then n_t takes C steps, from |H|^2 on, in all chunks at once. Then every y_t is known.
 
-    G, decay, w and their products are float64, so that exp(-G) does not overflow and no digits are
-    lost. They have no dimension d, so this is affordable. A theta of 1 erases a row, and its
-    log(1 - theta) would be -inf. So a row keeps at least the fraction TINY; after a chunk of such
-    tokens, 1e-256 of it is left. Results and gradients are accurate to 3e-7 in float32, even if
-    theta is 0 or 1. In float64 the error is 2e-8, due to TINY. A row is less accurate if its writes
-    almost cancel, or if theta = 1 erases a value 1e4 times as large as what is written.
+    G, decay, w and their products are float64: none has a dimension d, which makes that affordable.
+    A theta of 1 erases a row, and its log(1 - theta) would be -inf. So a row keeps at least the
+    fraction TINY per token, and exp(-G) is at most 1e256 after a chunk of such tokens. Results and
+    gradients are accurate to 3e-7 in float32, even if theta is 0 or 1. In float64 the error is
+    2e-8, due to TINY. A row is less accurate if its writes almost cancel, or if theta = 1 erases a
+    value 1e4 times as large as what is written.
 
-    Under autocast, xbar and H are bf16, and decay, w and A are cast to bf16 before products with
-    them. The squared norms are float32, of the rounded xbar and H, since those are what is read.
+    Under autocast, xbar and H are bf16. So are the weights that multiply them, once they are formed
+    in float64 and bounded: q decay, A, and w times the decay of the whole chunk. The squared norms
+    are float32, of the rounded xbar and H, since those are what is read.
     """
     h0 = initial_memory(theta, phi, xbar, h0)
     T, d = xbar.shape[1:]
@@ -222,7 +223,7 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
         phi = chunks(phi.to(x_upcast.dtype))  # [B, N, C, m]
 
         # In each row, the weights of H (decay) and of the chunk's tokens (w), in float64.
-        log_keep = torch.log1p((TINY - 1) * theta.double())  # [B, N, C, m]
+        log_keep = torch.log1p((TINY - 1) * theta.double())  # [B, N, C, m], for log(1 - theta)
         G = log_keep.cumsum(2)
         decay = G.exp()
         w = theta.double() * (-G).exp()
@@ -238,7 +239,7 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
         hx = decay * (S + K.tril().double() @ w)  # [B, N, C, m] <h_t, xbar_t>
         xx = K.diagonal(dim1=-2, dim2=-1)[..., None]  # [B, N, C, 1]
         change = theta * (2 * hx.to(theta.dtype) - theta * xx)  # [B, N, C, m]
-        keep = (1 - theta).square()  # without TINY: no logarithm here
+        keep = (1 - theta).square()  # exact; only a logarithm needs TINY
         n_H = upcast(H).square().sum(-1)  # [B, N, m]
         n_before, _ = recurrence(
             keep.flatten(0, 1), change.flatten(0, 1)[..., None], n_H.flatten(0, 1)[..., None]
@@ -246,7 +247,7 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
         n = keep * n_before.reshape(keep.shape) + change  # [B, N, C, m]
 
         # The read.
-        q = phi * torch.rsqrt(n.clamp_min(0) / d + eps)  # [B, N, C, m]
+        q = phi * torch.rsqrt(n.clamp_min(0) / d + eps)  # [B, N, C, m]; n is rounded
         q_decay = q * decay
         A = (q_decay @ w.mT).tril()  # [B, N, C, C] weight of token s in the read at token t
         y = q_decay.to(x.dtype) @ H + A.to(x.dtype) @ x  # [B, N, C, d]
@@ -324,7 +325,7 @@ class FactorizationMemory(nn.Module):
 
         branch_scale is for matrices that write to the residual stream. W_alpha's input has unit
         RMS, so its logits start with standard deviation alpha_std at any width and tau. With logits
-        of 0, all rows would store the same and get the same gradient. eta and mu start at 1/2.
+        of 0, the rows in use would stay identical. eta and mu start at 1/2.
         """
         init(self.W_alpha.weight, self.config.alpha_std * self.config.tau)
         nn.init.zeros_(self.w_eta.weight)
@@ -417,25 +418,25 @@ class FMem(nn.Module):
     def forward(self, tokens, state=None):
         """tokens [B, T] -> next-token logits [B, T, vocab_size], and the state after the last.
 
-        state: the state that an earlier call returned, or None at the start. It is not changed, and
-        a sequence may be split between calls at any token. tokens [B] is a single step: it returns
-        logits [B, vocab_size], and with gradients disabled it may change the state in place.
+        state: the state that an earlier call returned, or None at the start. A sequence may be split
+        between calls at any token. The state is not changed, with one exception: tokens [B], a
+        single step with logits [B, vocab_size], may change it in place if gradients are disabled.
         """
         x, state = self.hidden(tokens, state)
         return self.head(x), state
 
     @torch.inference_mode()
-    def generate(self, tokens, max_new_tokens, state=None, **choice):
+    def generate(self, tokens, max_new_tokens, state=None, **sampling):
         """Continue tokens [B, T], T at least 1. Yields each new token [B] and the state before it.
 
         state: the state to continue from, which is not changed. The yielded state may change in
-        place with the next token. choice: temperature, top_k, top_p and generator of `sample`. The
-        model should be in evaluation mode. Raises ValueError for invalid arguments.
+        place with the next token. sampling: temperature, top_k, top_p, generator, as in `sample`.
+        The model should be in evaluation mode. Raises ValueError for invalid arguments.
         """
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens must have shape [B, T], T at least 1, not {[*tokens.shape]}")
         state = copy_state(state)
-        if state is not None and tokens.shape[1] == 1:  # a step, as `generate` would go on
+        if state is not None and tokens.shape[1] == 1:  # by `step`, as in the loop below
             x, state = self.hidden(tokens[:, 0], state)
         else:
             for piece in tokens.split(PREFILL, 1):
@@ -443,7 +444,7 @@ class FMem(nn.Module):
                 x = x[:, -1]
         logits = self.head(x)
         for i in range(max_new_tokens):
-            token = sample(logits, **choice)
+            token = sample(logits, **sampling)
             yield token, state
             if i + 1 < max_new_tokens:
                 logits, state = self(token, state)
@@ -482,7 +483,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         probs = torch.zeros_like(probs).scatter(-1, index, ordered * (mass_before < top_p))
     if isinstance(generator, list):
         pairs = zip(probs, generator, strict=True)
-        return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in pairs])
+        return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in pairs])
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 

@@ -36,23 +36,23 @@ class Continuation:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps partial characters
 
 
-def continue_texts(model, enc, texts, prompt, max_new_tokens, keep, **choice):
+def continue_texts(model, enc, texts, prompt, max_new_tokens, keep, **sampling):
     """Append the prompt to identical texts, then sample a separate continuation of each.
 
     Yields a list with the new characters of each text: first the prompt, then for each token the
     characters that it completes. A text ends at EOT. keep: the text (only one) will be continued
     later, even if this generator is closed early, so an incomplete character stays in the buffer.
-    choice: temperature, top_k and top_p of `fmem.sample`.
+    sampling: temperature, top_k and top_p of `fmem.sample`.
     """
     first = texts[0]
     first.unread += encode(enc, prompt).tolist()
     yield [text.decoder.decode(prompt.encode()) for text in texts]
     tokens = torch.tensor([first.unread] * len(texts), device=model.embed.weight.device)
-    choice["generator"] = [text.generator for text in texts]
+    sampling["generator"] = [text.generator for text in texts]
     bytes_of = token_bytes(enc)
     ended = [False] * len(texts)
     state = None
-    generated = model.generate(tokens, max_new_tokens, first.state, **choice)
+    generated = model.generate(tokens, max_new_tokens, first.state, **sampling)
     for new, state in generated:  # noqa: B007 (used after the loop)
         first.unread.append(new[0].item())
         strings = [""] * len(texts)
@@ -99,7 +99,7 @@ def collect_interrupts():
         signal.signal(signal.SIGINT, before)
 
 
-def run_interactive(model, enc, text, line, max_new_tokens, **choice):
+def run_interactive(model, enc, text, line, max_new_tokens, **sampling):
     """Append `line`, unless empty, then each line of the input, and continue the text each time."""
     bytes_of = token_bytes(enc)
     sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
@@ -110,7 +110,7 @@ def run_interactive(model, enc, text, line, max_new_tokens, **choice):
             inside_line = last != enc.eot_token and bytes_of[last][-1:] != b"\n"
             if line:  # an empty line just continues the text
                 line = "\n" * inside_line + line + "\n"
-            pieces = continue_texts(model, enc, [text], line, max_new_tokens, True, **choice)
+            pieces = continue_texts(model, enc, [text], line, max_new_tokens, True, **sampling)
             line = ""
             with contextlib.closing(pieces), collect_interrupts() as interrupts:
                 next(pieces)  # the line is already on the screen
@@ -234,12 +234,12 @@ def run(args):
         texts.append(Continuation(enc.eot_token, torch.Generator(device).manual_seed(seed)))
     if args.load_state:
         load_text(args.load_state, model, texts[0], new_seed=args.seed is not None)
-    choice = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     keep = args.save_state is not None
     if args.interactive:
-        run_interactive(model, enc, texts[0], prompt, args.max_new_tokens, **choice)
+        run_interactive(model, enc, texts[0], prompt, args.max_new_tokens, **sampling)
     else:
-        show_all(continue_texts(model, enc, texts, prompt, args.max_new_tokens, keep, **choice))
+        show_all(continue_texts(model, enc, texts, prompt, args.max_new_tokens, keep, **sampling))
     if keep:
         save_text(args.save_state, model, texts[0])
 

@@ -100,7 +100,7 @@ GROUPS = {
     "extensions": Group(SHORT, {**EXTENSIONS, **WIDE}, ("8e-3",), SEEDS),
     "rows": Group(SMALL, {**ROWS, **SHARED}, ("8e-3",), SEEDS),
     "recall-rates": Group(f"{MQAR} --max_steps 1600", {**RECALL_MODELS, **HEADS}, RATES, SEEDS[:1]),
-    "recall": Group(f"{MQAR} --max_steps 4800", RECALL_MODELS, "recall-rates", SEEDS),
+    "recall": Group(f"{MQAR} --max_steps 1600", RECALL_MODELS, "recall-rates", SEEDS[1:]),
     "recall256": Group(MQAR256, RECALL_MODELS, "recall-rates", SEEDS),
     "passkey": Group(PASSKEY, RECALL_MODELS, "recall-rates", SEEDS),
     "default": Group("python train.py --preset cpu", {"default": ""}, ("4e-3",), SEEDS),
@@ -115,7 +115,6 @@ GROUPS = {
 EVALUATIONS = {
     "long": ("short", "--long --times 128 --tokens 65536"),
     "routing": ("short", "--routing --tokens 65536"),
-    "recall-pairs": ("recall", "--recall"),
     "recall256-pairs": ("recall256", "--recall"),
     "passkey-distances": ("passkey", "--recall --times 128"),
 }

@@ -82,8 +82,10 @@ def language(done):
 
 
 def rates(done, group="rates", key="nats", digits=3):
-    """A sweep of learning rates."""
+    """A sweep of learning rates, with further seeds at the best ones where a group has them."""
     swept = collect(done, group)
+    for run, lines in collect(done, group.removesuffix("-rates")).items():
+        swept[run] |= lines
     columns = GROUPS[group].rates
     rows = []
     for model in dict.fromkeys(model for model, _ in swept):
@@ -205,7 +207,6 @@ TABLES = {
     "long": long,
     "rows": rows_of_memory,
     "recall-rates": lambda done: rates(done, "recall-rates", "percent_right", 1),
-    "recall": lambda done: shares(done, "recall-pairs", "pairs"),
     "recall256": lambda done: shares(done, "recall256-pairs", "pairs"),
     "passkey": lambda done: shares(done, "passkey-distances", "distance"),
     "routing": routing,
