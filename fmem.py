@@ -418,7 +418,7 @@ class FMem(nn.Module):
     def forward(self, tokens, state=None):
         """tokens [B, T] -> next-token logits [B, T, vocab_size], and the state after the last.
 
-        state: the state that an earlier call returned, or None at the start. A sequence may be split
+        state: what an earlier call returned, or None at the start. A sequence may be split
         between calls at any token. The state is not changed, with one exception: tokens [B], a
         single step with logits [B, vocab_size], may change it in place if gradients are disabled.
         """
