@@ -421,10 +421,7 @@ def note_signals(stack):
     def note(number, frame):
         received.append(number)
         signal.signal(number, signal.default_int_handler)
-        print(
-            "stopping  after the current step; send the signal again to stop at once",
-            flush=True,
-        )
+        print("stopping  after this step; the same signal again stops at once", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         stack.callback(signal.signal, number, signal.signal(number, note))
