@@ -41,6 +41,7 @@ class Group(NamedTuple):
 # A million parameters; LARGE has 3.6, SMALL 0.5, RECALL 0.1 million. A step has 2,048 tokens.
 TRAIN = "python -m lab.train"
 LANGUAGE = f"{TRAIN} --n_layer 5 --d_model 128 --n_rows 32 --k_rows 8 --context 256 --batch_size 8"
+SWEEP = f"{LANGUAGE} --max_steps 300 --eval_every 100"
 SHORT = f"{LANGUAGE} --max_steps 500 --eval_every 100"
 LARGE = (
     f"{TRAIN} --n_layer 9 --d_model 192 --n_rows 48 --k_rows 12 --context 512 --batch_size 4 "
@@ -93,7 +94,11 @@ RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = ("1337", "1", "2")
 
 GROUPS = {
-    "rates": Group(f"{LANGUAGE} --max_steps 300 --eval_every 100", MODELS, RATES, SEEDS[:1]),
+    "rates": Group(SWEEP, {**MODELS, "conv": "--conv 4", **WIDE}, RATES, SEEDS[:1]),
+    # of the models whose best rate in the sweep is the largest
+    "edge": Group(
+        SWEEP, {"transformer+conv": MODELS["transformer+conv"], **WIDE}, ("32e-3",), SEEDS[:1]
+    ),
     "short": Group(SHORT, MODELS, "rates", SEEDS),
     "ten": Group(f"{LANGUAGE} --max_steps 5000 --eval_every 500", MODELS, "rates", SEEDS[:2]),
     "large": Group(LARGE, MODELS, "rates", SEEDS[:1]),

@@ -11,7 +11,7 @@ import re
 import statistics
 from collections import defaultdict
 
-from lab.experiments import GROUPS, ROOT, RUNS, SHAPES, read_runs
+from lab.experiments import ROOT, RUNS, SHAPES, read_runs
 
 PAGE = ROOT / "docs/results.md"
 FIGURE = ROOT / "docs/results-ten.png"
@@ -81,12 +81,13 @@ def language(done):
     return table(heads, [row for _, row in sorted(rows)])
 
 
-def rates(done, group="rates", key="nats", digits=3):
-    """A sweep of learning rates, with further seeds at the best ones where a group has them."""
-    swept = collect(done, group)
-    for run, lines in collect(done, group.removesuffix("-rates")).items():
-        swept[run] |= lines
-    columns = GROUPS[group].rates
+def rates(done, *groups, key="nats", digits=3):
+    """A sweep of learning rates, whose runs may be in several groups."""
+    swept = defaultdict(dict)
+    for group in groups:
+        for run, lines in collect(done, group).items():
+            swept[run] |= lines
+    columns = sorted({rate for _, rate in swept}, key=float)
     rows = []
     for model in dict.fromkeys(model for model, _ in swept):
         cells = [mean_std(values(swept.get((model, rate), {}), key), digits) for rate in columns]
@@ -202,11 +203,13 @@ def speed(done, bench, beside):
 
 TABLES = {
     "language": language,
-    "rates": rates,
+    "rates": lambda done: rates(done, "rates", "edge"),
     "ten": ten,
     "long": long,
     "rows": rows_of_memory,
-    "recall-rates": lambda done: rates(done, "recall-rates", "percent_right", 1),
+    "recall-rates": lambda done: rates(
+        done, "recall-rates", "recall", key="percent_right", digits=1
+    ),
     "recall256": lambda done: shares(done, "recall256-pairs", "pairs"),
     "passkey": lambda done: shares(done, "passkey-distances", "distance"),
     "routing": routing,
