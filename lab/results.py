@@ -172,18 +172,18 @@ def routing(done):
 
 
 def default(done):
-    rows = []
-    for group in ("default", "tinyshakespeare"):
-        on = defaultdict(list)  # the lines of a model by processor
-        for (model, _), lines in collect(done, group).items():
+    """Runs of train.py: bits per byte of each seed, by command and processor."""
+    runs = defaultdict(list)
+    for group in ("default", "tinyshakespeare", "character-rates", "characters"):
+        for lines in collect(done, group).values():
             for line in lines.values():
-                on[model, line["processor"]].append(line)
-        for (_, processor), lines in on.items():
-            command = lines[0]["command"].partition(" --lr")[0]
-            bits = [f"{line['result']['bits_per_byte']:.3f}" for line in lines]
-            seconds = [line["seconds"] for line in lines]
-            cells = [", ".join(bits), ", ".join(map(str, seconds))]
-            rows.append([f"`{command}`", processor, *cells])
+                command = line["command"].rpartition(" --seed")[0]
+                runs[f"`{command}`", line["processor"]].append(line)
+    rows = []
+    for run, lines in runs.items():
+        bits = [f"{line['result']['bits_per_byte']:.3f}" for line in lines]
+        seconds = [str(line["seconds"]) for line in lines]
+        rows.append([*run, ", ".join(bits), ", ".join(seconds)])
     return table(["command", "on", "bits per byte of each seed", "seconds"], rows)
 
 
