@@ -471,4 +471,4 @@ def test_losses_of_a_small_run(small, tmp_path):
         losses = [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
     first_and_last = [losses[0], losses[-1]]
     # Another PyTorch may round differently, hence 1e-4.
-    assert first_and_last == pytest.approx([5.68353, 5.18187], abs=1e-4)
+    assert first_and_last == pytest.approx([5.72104, 5.21817], abs=1e-4)

@@ -114,13 +114,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 names = "keep", "write", "first", "before", "last", "steps", "width"
-constants = dict.fromkeys(("D", "BLOCK", "REVERSE", "WIDE"), "constexpr")
+constants = dict.fromkeys(("D", "BLOCK", "REVERSE", "DTYPE"), "constexpr")
 dtypes = [*itertools.product(("*fp32", "*bf16"), repeat=3), ("*fp64", "*fp64", "*fp64")]
 for capability, (keep, write, first), reverse in itertools.product((80, 90, 100), dtypes, (0, 1)):
     last = "*fp64" if first == "*fp64" else "*fp32"
     types = keep, write, first, write, last, "i32", "i32"
     values = {"D": 192, "BLOCK": kernel.BLOCK, "REVERSE": bool(reverse)}
-    values["WIDE"] = tl.float64 if first == "*fp64" else tl.float32
+    values["DTYPE"] = tl.float64 if first == "*fp64" else tl.float32
     signature = {**dict(zip(names, types)), **constants}
     source = ASTSource(kernel.recurrence_kernel, signature, constexprs=values)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))

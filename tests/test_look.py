@@ -249,5 +249,5 @@ def test_notebook_runs(corpus, tmp_path):
     assert max(printed(5, r"float64.*by (\S+) of")) < 1e-7
     assert max(printed(5, r"float32.*by (\S+) of")) < 3e-6
     assert 0 < printed(5, r"(\d+)% of them are not a number")[0] < 100
-    assert max(printed(8, r"to (\S+) of it")) < 1e-12
+    assert max(printed(8, r"relative error (\S+)")) < 1e-12
     assert printed(10, r"state of +([\d,]+)")[3:8:4] == [16384, 16384 * 1024]  # memory, cache
