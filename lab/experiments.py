@@ -81,6 +81,9 @@ EXTENSIONS = {
     for names in itertools.combinations(CHANGES, n)
 }
 WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
+CONV = {"conv": "--conv 4"}
+# Models whose best rate was the largest of the sweep.
+EDGE = {"transformer+conv": MODELS["transformer+conv"], **CONV, **WIDE}
 SHAPES = [(4, 1), (16, 4), (32, 8), (64, 4), (64, 16), (256, 64)]
 ROWS = {f"m={m},k={k}": f"--n_rows {m} --k_rows {k}" for m, k in SHAPES}
 SHARED = {f"shared,m={m},k={k}": f"--shared_row --n_rows {m + 1} --k_rows {k}" for m, k in SHAPES}
@@ -94,12 +97,9 @@ RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = ("1337", "1", "2")
 
 GROUPS = {
-    "rates": Group(SWEEP, {**MODELS, "conv": "--conv 4", **WIDE}, RATES, SEEDS[:1]),
-    # of the models whose best rate in the sweep is the largest
-    "edge": Group(
-        SWEEP, {"transformer+conv": MODELS["transformer+conv"], **WIDE}, ("32e-3",), SEEDS[:1]
-    ),
-    "short": Group(SHORT, MODELS, "rates", SEEDS),
+    "rates": Group(SWEEP, {**MODELS, **CONV, **WIDE}, RATES, SEEDS[:1]),
+    "edge": Group(SWEEP, EDGE, ("32e-3",), SEEDS[:1]),
+    "short": Group(SHORT, {**MODELS, **CONV}, "rates", SEEDS),
     "ten": Group(f"{LANGUAGE} --max_steps 5000 --eval_every 500", MODELS, "rates", SEEDS[:2]),
     "large": Group(LARGE, MODELS, "rates", SEEDS[:1]),
     "extensions": Group(SHORT, {**EXTENSIONS, **WIDE}, ("8e-3",), SEEDS),
