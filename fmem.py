@@ -26,11 +26,10 @@ This is gated linear attention with m rows: key theta, query phi and forget gate
 one softmax, every row receives the same vector, and the read normalises each row. A row is also a
 minGRU with one gate for all its numbers; all rows share the candidate.
 
-This file is the whole model, in reading order: config, routing, recurrence, layer, block, model,
-sampling, loading. `scan_loop` defines the recurrence token by token; `scan_chunked` computes it
-with matrix products. The file needs only torch. On a GPU, the serial part of the scan,
-`recurrence`, is the Triton kernel in kernel.py. The paper does not say how weights and memory are
-initialised: init_weights and zeros are our choice. So is a row norm with eps 1e-5 and no gain.
+This file is the whole model, in reading order; it needs only torch. `scan_loop` defines the
+recurrence token by token, and `scan_chunked` computes it with matrix products. On a GPU, the serial
+part of the scan, `recurrence`, is the Triton kernel in kernel.py. The paper does not say how the
+weights and the memory start: init_weights and zeros are our choice. So is a row norm with no gain.
 """
 
 import importlib

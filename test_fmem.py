@@ -2,12 +2,11 @@
 
 The layer is compared with the paper's equations in float64 (`reference`), the chunked scan and the
 kernel with the loop, and a step with the whole sequence. A comment explains any tolerance that is
-not obvious. Without a GPU, the kernel runs in Triton's interpreter.
+not obvious. Without a GPU, the kernel runs in Triton's interpreter (conftest.py).
 """
 
 import csv
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -15,9 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 import fmem
 from fmem import FactorizationMemory, FMem, FMemConfig, scan_chunked, scan_loop
@@ -99,11 +95,6 @@ def by_steps(step, tokens, state=None):
         output, state = step(token, state)
         outputs.append(output)
     return torch.stack(outputs, 1), state
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 # ---- The recurrence

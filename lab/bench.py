@@ -5,9 +5,8 @@
     train       forward and backward of 4,096 tokens, by context, for the memory and the baselines
     generate    the time per token, and the bytes of the state, by the length of the context
 
-The alternatives take turns in one process, and the median over the turns counts. A machine that is
-busy for a while therefore slows all of them alike. Before anything is timed, every implementation
-of the scan is compared with the loop, gradients included. --out gets one JSON line per measurement.
+The alternatives take turns in one process, and the median over the turns counts, so that a busy
+machine slows all of them alike. First, each scan is compared with the loop, gradients included.
 """
 
 import argparse

@@ -211,13 +211,6 @@ def evaluate(model, saved, args, device):
         yield from routing(model, beginning, context, device)
 
 
-def rounded(value):
-    """Round floats to six digits, also in a list."""
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="lab.evaluate", description="Measure a trained model.")
     parser.add_argument("checkpoint", help="a file that train.py or lab.train saved")
@@ -239,7 +232,8 @@ def main(argv=None):
         device, _ = pick_device(args.device)
         model, saved = fmem.load(args.checkpoint, device)
         for result in evaluate(model, saved, args, device):
-            print(json.dumps({name: rounded(value) for name, value in result.items()}), flush=True)
+            six_digits = {"parse_float": lambda number: float(f"{float(number):.6g}")}
+            print(json.dumps(json.loads(json.dumps(result), **six_digits)), flush=True)
 
 
 if __name__ == "__main__":

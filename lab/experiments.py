@@ -82,17 +82,12 @@ EXTENSIONS = {
 }
 WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
 CONV = {"conv": "--conv 4"}
-# Models whose best rate was the largest of the sweep.
-EDGE = {"transformer+conv": MODELS["transformer+conv"], **CONV, **WIDE}
+EDGE = {"transformer+conv": MODELS["transformer+conv"], **CONV, **WIDE}  # best at 16e-3
 SHAPES = [(4, 1), (16, 4), (32, 8), (64, 4), (64, 16), (256, 64)]
 ROWS = {f"m={m},k={k}": f"--n_rows {m} --k_rows {k}" for m, k in SHAPES}
 SHARED = {f"shared,m={m},k={k}": f"--shared_row --n_rows {m + 1} --k_rows {k}" for m, k in SHAPES}
-LIMITS = {
-    "100-seconds": "--seconds 100",
-    "300-seconds": "--seconds 300",
-    "900-seconds": "--seconds 900",
-    "900-seconds,dropout": "--seconds 900 --dropout 0.1",
-}
+LIMITS = {f"{n}-seconds": f"--seconds {n}" for n in (100, 300, 900)}
+LIMITS["900-seconds,dropout"] = "--seconds 900 --dropout 0.1"
 RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = ("1337", "1", "2")
 

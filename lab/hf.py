@@ -6,9 +6,8 @@
     tokens = model.generate(**tokenizer("ROMEO:", return_tensors="pt"), max_new_tokens=100)
 
 The folder holds weights, tokenizer, the model's code, and SHA256SUMS for `sha256sum --check`. Text
-becomes the same tokens as here, after an initial <|endoftext|>, as in training. But as in the
-library's other tokenizers, "<|endoftext|>" in a text becomes that token, and is not plain text. The
-paper's layer and ExtendedMemory can be exported.
+becomes the same tokens as here, after an initial <|endoftext|>, as in training. But "<|endoftext|>"
+in a text becomes that token, as in the library. Only the memory, extended or not, can be exported.
 """
 
 import argparse

@@ -6,9 +6,8 @@
 
 Each has the interface of `fmem.FactorizationMemory` (forward, step, init_weights), so that block,
 model, training and sampling are the same for all: `FMem(config, layer=Mamba2)`. Each can have the
-same short convolution. Comparing a layer that sees the previous token directly with one that does
-not would tell us little. A sequence can be split anywhere into several calls. The inputs before its
-first token are zero.
+same short convolution, for fair comparisons. A sequence can be split anywhere into several calls.
+The inputs before its first token are zero.
 """
 
 import math

@@ -81,7 +81,7 @@ def language(done):
     return table(heads, [row for _, row in sorted(rows)])
 
 
-def rates(done, *groups, key="nats", digits=3):
+def rates(done, *groups, key="nats"):
     """A sweep of learning rates, whose runs may be in several groups."""
     swept = defaultdict(dict)
     for group in groups:
@@ -90,7 +90,8 @@ def rates(done, *groups, key="nats", digits=3):
     columns = sorted({rate for _, rate in swept}, key=float)
     rows = []
     for model in dict.fromkeys(model for model, _ in swept):
-        cells = [mean_std(values(swept.get((model, rate), {}), key), digits) for rate in columns]
+        cells = [values(swept[model, rate], key) for rate in columns]
+        cells = [mean_std(numbers, 3 if key == "nats" else 1) for numbers in cells]
         rows.append([label(model), *cells])
     return table(["model", *columns], rows)
 
@@ -207,9 +208,7 @@ TABLES = {
     "ten": ten,
     "long": long,
     "rows": rows_of_memory,
-    "recall-rates": lambda done: rates(
-        done, "recall-rates", "recall", key="percent_right", digits=1
-    ),
+    "recall-rates": lambda done: rates(done, "recall-rates", "recall", key="percent_right"),
     "recall256": lambda done: shares(done, "recall256-pairs", "pairs"),
     "passkey": lambda done: shares(done, "passkey-distances", "distance"),
     "routing": routing,

@@ -3,8 +3,7 @@
     mqar      k1 v1 k2 v2 ... kn vn ? k7 v7 k2 v2 k7 v7 ...    multi-query associative recall
               (Zoology, arXiv 2312.04927): n keys with random values, then queries. Any key can be
               queried at any time, so earlier answers do not narrow down the next one.
-    passkey   noise ... ! d1 d2 d3 d4 noise ... ? d1 d2 d3 d4  four random digits to remember
-              during noise
+    passkey   noise ... ! d1 d2 d3 d4 noise ... ? d1 d2 d3 d4    four digits to remember
 
 Only the answers after the "?" count, since nothing else is predictable.
 """

@@ -5,8 +5,7 @@
     python -m lab.train --data passkey --context 256          # the paper's layer
 
 It is train.py with additional options. Settings, loop and files are the same. Unless --d_mlp is
-given, the width of the MLP is adjusted so that the model has as many parameters as the paper's with
-the same settings. Models of equal size are compared.
+given, the width of the MLP is adjusted, so that all models have as many parameters as the paper's.
 """
 
 from pathlib import Path
