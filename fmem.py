@@ -201,8 +201,8 @@ def scan_chunked(theta, phi, xbar, h0=None, eps=1e-5):
     A theta of 1 erases a row, and its log(1 - theta) would be -inf. So a row keeps at least the
     fraction TINY per token, and exp(-G) is at most 1e256 after a chunk of such tokens. Results and
     gradients are accurate to 3e-7 in float32, even if theta is 0 or 1. In float64 the error is
-    2e-8, due to TINY. A row is less accurate if its writes almost cancel, or if theta = 1 erases a
-    value 1e4 times as large as what is written.
+    2e-8, due to TINY. A row is less accurate if its writes almost cancel (with d of 1 they often
+    do), or if theta = 1 erases a value 1e4 times as large as what is written.
 
     Under autocast, xbar and H are bf16. So are the weights that multiply them, once they are formed
     in float64 and bounded: q decay, A, and w times the decay of the whole chunk. The squared norms

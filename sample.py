@@ -216,6 +216,8 @@ def run(args):
         args.save_state.parent.mkdir(parents=True, exist_ok=True)
         if args.save_state.exists():
             read_saved(args.save_state)  # raises for any other file, so that it is not overwritten
+        if not os.access(args.save_state.parent, os.W_OK):
+            raise ValueError(f"{args.save_state.parent} is not writable; change --save_state")
     prompt = read_prompt(args.prompt)
     best = Path("out/best.pt")
     path = args.checkpoint or (best if best.exists() else best.with_name("last.pt"))

@@ -107,8 +107,9 @@ class Settings:
         for f in fields(self):
             value = getattr(self, f.name)
             minimum = f.metadata["minimum"]
-            if type(value) in (int, float) and not value >= minimum:  # NaN fails too
-                raise ValueError(f"--{f.name} must be at least {minimum}, not {value}")
+            infinite = value == math.inf and f.name != "seconds"
+            if type(value) in (int, float) and (infinite or not value >= minimum):  # or NaN
+                raise ValueError(f"--{f.name} must be finite and at least {minimum}, not {value}")
         for name, values in (("preset", "auto gpu cpu"), ("dtype", "auto bf16 float32")):
             if getattr(self, name) not in values.split():
                 raise ValueError(f"--{name} must be one of {values}, not {getattr(self, name)}")
@@ -454,6 +455,10 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
                 raise ValueError(f"{out / 'last.pt'} has only weights and cannot be resumed")
         elif checkpoints(out) and not given.get("overwrite"):
             raise ValueError(f"{out} contains another run; use --resume, --overwrite or --out DIR")
+        for path in checkpoints(out):
+            with open(path, "rb") as file:
+                if FORMAT.encode() not in file.read(4096):
+                    raise ValueError(f"{path} was not written by train.py; choose another --out")
         settings = resolve(given, saved.get("settings", {}), device)
         state = State(**{f.name: saved[f.name] for f in fields(State)}) if saved else State()
 
@@ -507,11 +512,11 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
 
         # The log.
         plot = first and (checkpoints(out) or not (out / "loss.png").exists())  # keep others' files
-        to_delete = checkpoints(out) if first and settings.overwrite else []  # on first save
+        old = set(checkpoints(out)) if settings.overwrite else set()  # until the first save
         columns = ("step", "tokens", "train_loss", "lr", "grad_norm", "skipped", "val_loss")
         columns = (*columns, *task.columns, "seconds")
         if first:
-            if to_delete:
+            if old:
                 (out / "log.csv").unlink(missing_ok=True)
             state.log = start_log(out / "log.csv", state.log, columns)
 
@@ -521,7 +526,8 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
             line = ",".join(str(row.get(column, "")) for column in columns) + "\n"
             state.log += line
             if first:
-                with open(out / "log.csv", "a", newline="") as file:
+                # The checkpoint has the row too, so a log that cannot be written ends no run.
+                with contextlib.suppress(OSError), open(out / "log.csv", "a", newline="") as file:
                     file.write(line)
 
         def validate(name, limit):
@@ -603,15 +609,19 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
                 inference = {**about, "model": weights, "step": state.step}
                 inference["val_loss"] = state.val_loss
                 last = {**inference, "optimizer": moments, **asdict(state)}
-                while to_delete:
-                    to_delete.pop().unlink(missing_ok=True)
-                if first and keep:
-                    save(last, out / f"step-{state.step}.pt")
-                if first and better:
-                    save(inference, out / "best.pt")
+                files = {}
+                if keep:
+                    files[out / f"step-{state.step}.pt"] = last
+                if better:
+                    files[out / "best.pt"] = inference
                 # last.pt comes last: if killed before it, a resumed run writes the others again.
+                files[out / "last.pt"] = last
                 if first:
-                    save(last, out / "last.pt")
+                    for path, checkpoint in files.items():
+                        save(checkpoint, path)
+                    for path in old - files.keys():
+                        path.unlink(missing_ok=True)
+                    old = set()
 
         # The end.
         launcher = f"torchrun --nproc_per_node {processes.world}" if processes.joined else "python"
@@ -626,7 +636,7 @@ def train(given, layer=FactorizationMemory, layer_arguments=None, task=Corpus, c
             validate("final", None)  # of the last weights, which need not be those of best.pt
             reached = f"--{limiting} {getattr(settings, limiting)} is reached"
             log(f"done      {state.step} steps, {reached}; to continue: {again} --{limiting} N")
-            if task.tokenizer:
+            if task.tokenizer and state.best < math.inf:
                 log(f"next      python sample.py --checkpoint {shlex.quote(str(out / 'best.pt'))}")
         if plot:
             plot_losses(state.log, out / "loss.png")

@@ -230,7 +230,7 @@ def write_folder(folder, pieces, corpus, enc):
             meta[split]["tokens"] += len(tokens)
     for split in ("train", "val"):
         if not meta[split]["tokens"]:
-            raise ValueError(f"there is no text for {split}")
+            raise ValueError(f"there is no text for {split}; give more, or other, text")
         print(f"data: {split} {meta[split]['bytes']:,} bytes, {meta[split]['tokens']:,} tokens")
     meta["crc32"] = checksum(folder, meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -271,9 +271,9 @@ def prepare(out, documents=None, corpus="", tokenizer="bpe", vocab_size=1024, ov
         if out.exists():
             check_replaceable(out, overwrite)  # again: it may have changed since
             for name in FILES:
-                (out / name).unlink(missing_ok=True)
-            out.rmdir()
-        os.replace(folder, out)
+                os.replace(folder / name, out / name)
+        else:
+            os.replace(folder, out)
     return meta
 
 

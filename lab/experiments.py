@@ -108,7 +108,7 @@ GROUPS = {
     "tinyshakespeare": Group(TINY, LIMITS, ("4e-3",), SEEDS),
     # after the same with --vocab_size 256 and --out data/characters
     "character-rates": Group(CHARACTERS, {"memory": ""}, RATES, SEEDS[:1]),
-    "characters": Group(CHARACTERS, {"memory": ""}, "character-rates", SEEDS[1:]),
+    "characters": Group(CHARACTERS, {"memory": ""}, "character-rates", SEEDS),
 }
 
 # The group whose last checkpoints are evaluated, and the options of lab.evaluate.

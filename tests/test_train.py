@@ -210,18 +210,23 @@ def test_folder_with_any_checkpoint_needs_overwrite(name, small, tmp_path):
     (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(SystemExit, match="--overwrite"):
         train.main(options(small, tmp_path))
+    with pytest.raises(SystemExit, match="not written by train.py"):  # by another program
+        train.main([*options(small, tmp_path), "--overwrite"])
     assert (tmp_path / name).read_bytes() == b"weights"
 
 
 def test_overwrite_deletes_only_files_of_a_run(small, run, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(run, out)
-    (out / "step-8.pt").write_bytes(b"weights")
+    shutil.copy(out / "last.pt", out / "step-8.pt")
     mine = {"notes.txt", "step-by-step.pt", "model.pt", "log-1.csv"}
     for name in mine:
         (out / name).write_text(name)
     with pytest.raises(ValueError):  # a run that cannot start deletes nothing
         train.train({**small, "out": str(out), "overwrite": True, "k_rows": 99})
+    full = patch.object(os, "fsync", side_effect=OSError("the disk is full"))
+    with full, pytest.raises(OSError, match="the disk is full"):
+        train.train({**small, "out": str(out), "overwrite": True, "max_steps": 1})
     assert read(out / "last.pt")["step"] == 20
     train.train({**small, "out": str(out), "overwrite": True, "max_steps": 1})
     assert all((out / name).read_text() == name for name in mine)
@@ -373,7 +378,7 @@ def test_out_of_memory_gives_one_line_and_no_retry(small, tmp_path, monkeypatch)
     assert forward.call_count == 1
 
 
-BAD = "--max-steps=1 --max_steps=many --max_steps=0 --lr=nan --k_rows=99 --dtype=int8"
+BAD = "--max-steps=1 --max_steps=many --max_steps=0 --lr=nan --lr=inf --k_rows=99 --dtype=int8"
 BAD += " --device=cuda:99 --preset=tpu --context=9999999 --data=nowhere --data=\x1b[2J"
 
 
