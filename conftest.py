@@ -52,23 +52,10 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(corpus):
     """Settings for a run that takes a second."""
-    return {
-        "data": str(corpus),
-        "device": "cpu",
-        "n_layer": 1,
-        "d_model": 16,
-        "n_rows": 8,
-        "k_rows": 2,
-        "context": 24,
-        "batch_size": 4,
-        "max_steps": 20,
-        "eval_every": 5,
-        "eval_tokens": 100,
-        "log_every": 1,
-        "warmup": 2,
-        "dropout": 0.1,
-        "lr": 4e-3,
-    }
+    model = dict(n_layer=1, d_model=16, n_rows=8, k_rows=2, dropout=0.1, context=24)
+    steps = dict(batch_size=4, max_steps=20, warmup=2, lr=4e-3)
+    every = dict(eval_every=5, eval_tokens=100, log_every=1)
+    return {"data": str(corpus), "device": "cpu", **model, **steps, **every}
 
 
 @pytest.fixture(scope="session")
