@@ -172,7 +172,7 @@ def load_text(path, model, text, new_seed):
     """Restore `text` from a file, without its generator if new_seed. Raises ValueError."""
     saved = read_saved(path, model.embed.weight.device)
     if not torch.equal(saved["model"], model.embed.weight[0]):
-        raise ValueError(f"{path} belongs to another model; use its --checkpoint")
+        raise ValueError(f"{path} was saved with another model; give its --checkpoint")
     if not new_seed:
         text.generator.set_state(saved["generator"].cpu())
     text.unread = saved["unread"]

@@ -309,7 +309,7 @@ def save(checkpoint, path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error}; earlier checkpoints are kept") from None
+        raise OSError(f"cannot write {path}: {error}; earlier checkpoints, if any, are kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -650,7 +650,7 @@ def one_line_errors(program):
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(f"{program}: interrupted; earlier checkpoints are kept")
+        sys.exit(f"{program}: interrupted; earlier checkpoints, if any, are kept")
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         message = one_line(error)
         if isinstance(error, Timeout):

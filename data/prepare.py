@@ -124,7 +124,7 @@ def read_dataset(name, config, field, limit_gb):
         for row in splits.get(part, ()):
             text = row.get(field)
             if not isinstance(text, str):
-                raise ValueError(f"--text_field {field} is no text; choose from {', '.join(row)}")
+                raise ValueError(f"--text_field {field} holds no text; choose from {', '.join(row)}")
             yield split if "validation" in splits else None, text
             size += size_of(text)
             if size >= limit:
@@ -241,7 +241,7 @@ def check_replaceable(out, overwrite):
     """Raises ValueError or OSError if `out` holds something that must not be replaced."""
     names = sorted(os.listdir(out)) if out.exists() else []
     if names and (names != FILES or b'"fmem"' not in (out / "meta.json").read_bytes()):
-        raise ValueError(f"{out} is no folder that prepare.py wrote; choose another --out DIR")
+        raise ValueError(f"{out} was not written by prepare.py; choose another --out DIR")
     if names and not overwrite:
         raise ValueError(f"{out} exists; replace it with --overwrite, or choose another --out DIR")
 

@@ -174,7 +174,7 @@ def test_overwrite_never_touches_other_files(names, tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("precious")
-    with pytest.raises(ValueError, match="is no folder that prepare.py wrote"):
+    with pytest.raises(ValueError, match="was not written by prepare.py"):
         prepare.prepare(tmp_path, {"a": words(500, 0)}, vocab_size=260, overwrite=True)
     assert all((tmp_path / name).read_text() == "precious" for name in names)
     assert before <= set(os.listdir(tmp_path))
@@ -224,7 +224,7 @@ def test_local_rows_in_every_format(tmp_path):
         command("--dataset", tmp_path / name, "--text_field", "body", "--out", out)
         assert "".join(itertools.chain(*decoded(out))) == "".join(texts)
     got = refusal("--dataset", tmp_path / "rows.parquet", "--out", tmp_path / "no")
-    assert "--text_field text is no text" in got
+    assert "--text_field text holds no text" in got
 
 
 def test_hub_dataset_is_streamed_up_to_the_limit(tmp_path, monkeypatch):
