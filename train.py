@@ -309,7 +309,7 @@ def save(checkpoint, path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error}; earlier checkpoints, if any, are kept") from None
+        raise OSError(f"cannot write {path}: {error}; earlier checkpoints are kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 

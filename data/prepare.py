@@ -124,7 +124,7 @@ def read_dataset(name, config, field, limit_gb):
         for row in splits.get(part, ()):
             text = row.get(field)
             if not isinstance(text, str):
-                raise ValueError(f"--text_field {field} holds no text; choose from {', '.join(row)}")
+                raise ValueError(f"--text_field {field} has no text; choose from {', '.join(row)}")
             yield split if "validation" in splits else None, text
             size += size_of(text)
             if size >= limit:

@@ -224,7 +224,7 @@ def test_local_rows_in_every_format(tmp_path):
         command("--dataset", tmp_path / name, "--text_field", "body", "--out", out)
         assert "".join(itertools.chain(*decoded(out))) == "".join(texts)
     got = refusal("--dataset", tmp_path / "rows.parquet", "--out", tmp_path / "no")
-    assert "--text_field text holds no text" in got
+    assert "--text_field text has no text" in got
 
 
 def test_hub_dataset_is_streamed_up_to_the_limit(tmp_path, monkeypatch):
