@@ -175,7 +175,7 @@ def routing(done):
 def default(done):
     """Runs of train.py: bits per byte of each seed, by command and processor."""
     runs = defaultdict(list)
-    for group in ("default", "tinyshakespeare", "characters"):
+    for group in ("default", "tinyshakespeare", "character-rates", "characters"):
         for lines in collect(done, group).values():
             for line in lines.values():
                 command = line["command"].rpartition(" --seed")[0]
