@@ -270,7 +270,7 @@ def prepare(out, documents=None, corpus="", tokenizer="bpe", vocab_size=1024, ov
         meta = write_folder(folder, pieces_of(documents, size), corpus, enc)
         if out.exists():
             check_replaceable(out, overwrite)  # again: it may have changed since
-            for name in FILES:
+            for name in FILES:  # interrupted here, the folder fails its checksum
                 os.replace(folder / name, out / name)
         else:
             os.replace(folder, out)
