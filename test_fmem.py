@@ -416,14 +416,14 @@ def test_load_reports_errors_in_one_line(tmp_path):
     assert "train.py" in message()  # no file yet
     path.write_text("not a checkpoint")
     message()
-    for wrong in (
+    for invalid in (
         {"format": "other"},
         {"layer": "os"},
         {"config": {"n_layer": 0}},
         {"model": {}},
         {"corpus": Code()},
     ):
-        save(path, model, **wrong)
+        save(path, model, **invalid)
         message()
     save(path, model)
     data = bytearray(path.read_bytes())

@@ -69,8 +69,8 @@ def loss_beyond(model, tokens, context, times, device):
     lengths = [context * 2**i for i in range(int(math.log2(times)) + 1)]
     n = (len(tokens) - 1) // lengths[-1] * lengths[-1]
     if n == 0:
-        most = (len(tokens) - 1) // context
-        raise ValueError(f"the text has {len(tokens):,} tokens; --times must be at most {most}")
+        limit = (len(tokens) - 1) // context
+        raise ValueError(f"the text has {len(tokens):,} tokens; --times must be at most {limit}")
     tokens = tokens[: n + 1]
     position = torch.arange(n)
     late = position % context >= context // 2

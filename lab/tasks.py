@@ -130,11 +130,11 @@ class Passkey(Recall):
     @staticmethod
     def generate(rng, length, distance=None):
         """A window of `length` tokens. distance: noise tokens between the passkey and the "?"."""
-        most = length - 2 * PASSKEY_LENGTH - 2
+        max_distance = length - 2 * PASSKEY_LENGTH - 2
         if distance is None:
-            distance = rng.integers(most + 1)
+            distance = rng.integers(max_distance + 1)
         digits = KEYS + rng.integers(DIGITS, size=PASSKEY_LENGTH)
-        noise = rng.integers(KEYS, size=most)
+        noise = rng.integers(KEYS, size=max_distance)
         before = noise[distance:]
         between = noise[:distance]
         return np.concatenate([before, [MARKER], digits, between, [QUERY], digits])

@@ -114,23 +114,23 @@ def test_a_prepared_folder_holds_every_document_once(tmp_path, monkeypatch):
     """With four bytes per token; all other tests use two."""
     ranks = {bytes([b]): b for b in range(256)}
     special = {END: 70_001}
-    wide = tiktoken.Encoding("w", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens=special)
-    monkeypatch.setattr(tiktoken, "get_encoding", {"wide": wide}.__getitem__)
+    large = tiktoken.Encoding("w", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"large": large}.__getitem__)
     texts = {"train": [f"{i} {EVERY_KIND}" for i in range(5)], "val": ["held out", ""]}
     documents = [(split, text) for split in ("val", "train") for text in texts[split]]
-    meta = prepare.prepare(tmp_path, documents, "seven", "wide")
+    meta = prepare.prepare(tmp_path, documents, "seven", "large")
     assert decoded(tmp_path) == [texts["train"], texts["val"]] and meta["corpus"] == "seven"
     train, _, fields, _ = prepare.load(tmp_path)
-    assert fields == tokenizer.dump_tokenizer(wide) and train.dtype == np.uint32
+    assert fields == tokenizer.dump_tokenizer(large) and train.dtype == np.uint32
     assert meta["val"] == {"bytes": len("held out"), "tokens": len("held out") + 2}
 
 
 def test_validation_is_the_last_tenth_up_to_a_limit(tmp_path, monkeypatch):
     text = words(4000, 0)
-    for most, low, high in ((prepare.HELD_OUT_BYTES, 0.08, 0.12), (len(text) // 50, 0.01, 0.03)):
-        monkeypatch.setattr(prepare, "HELD_OUT_BYTES", most)
-        meta = prepare.prepare(tmp_path / str(most), {"a": text}, vocab_size=260)
-        assert "".join(itertools.chain(*decoded(tmp_path / str(most)))) == text
+    for limit, low, high in ((prepare.HELD_OUT_BYTES, 0.08, 0.12), (len(text) // 50, 0.01, 0.03)):
+        monkeypatch.setattr(prepare, "HELD_OUT_BYTES", limit)
+        meta = prepare.prepare(tmp_path / str(limit), {"a": text}, vocab_size=260)
+        assert "".join(itertools.chain(*decoded(tmp_path / str(limit)))) == text
         # The border has the precision of a piece, and a cut may come half a piece early.
         assert low < meta["val"]["bytes"] / len(text) < high
 

@@ -56,9 +56,9 @@ def test_kernel_dtypes(types):
 
 def test_kernel_refuses_wrong_shapes_and_dtypes():
     keep, write, first = recurrence_inputs(2, 7, 3, 5)
-    for wrong in ((keep[:, 1:], write, first), (keep, write[0], first), (keep, write, first[:1])):
+    for invalid in ((keep[:, 1:], write, first), (keep, write[0], first), (keep, write, first[:1])):
         with pytest.raises(ValueError, match="must be"):
-            kernel.recurrence(*wrong)
+            kernel.recurrence(*invalid)
     with pytest.raises(ValueError, match="floating-point"):
         kernel.recurrence(keep, write.long(), first)
 

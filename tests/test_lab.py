@@ -225,14 +225,14 @@ def test_associative_recall_queries_any_key_at_any_time():
 def test_passkey_is_anywhere_before_the_question():
     task = make_task("passkey", 40)
     windows = task.windows(0, 300)
-    places = set()
+    positions = set()
     for window, targets in zip(windows.tolist(), task.targets(windows).tolist(), strict=True):
-        here = window.index(tasks.MARKER)
-        places.add(here)
+        marker = window.index(tasks.MARKER)
+        positions.add(marker)
         answers = [target for target in targets if target >= 0]
-        assert window[here + 1 : here + 5] == window[-4:] == answers == targets[-4:]
+        assert window[marker + 1 : marker + 5] == window[-4:] == answers == targets[-4:]
         assert window[-5] == tasks.QUERY and all(64 <= token < 74 for token in answers)
-    assert places == set(range(32))
+    assert positions == set(range(32))
     assert (task.windows(0, 5, hard=31)[:, 0] == tasks.MARKER).all()
 
 
@@ -293,8 +293,8 @@ def test_describe_rows():
     """For known weights: four rows, each used by every fourth token, at a rate of 1/2."""
     alpha = F.one_hot(torch.arange(960) % 4, 8).double()
     got = evaluate.describe_rows(0.5 * alpha, 0.25 * alpha)
-    least, *_, most = got.pop("half_life")
-    assert least == pytest.approx(4) and most > 1e9  # for a row that is never written
+    shortest, *_, longest = got.pop("half_life")
+    assert shortest == pytest.approx(4) and longest > 1e9  # for a row that is never written
     want = {"rows": 8, "rows_per_token": 1, "rows_used": 4, "eta": 0.5, "mu": 0.25}
     assert got == pytest.approx(want)
 

@@ -224,8 +224,8 @@ def test_full_disk_keeps_the_old_state(write, tmp_path, monkeypatch, capsys):
 def test_conversation_is_one_text(write, monkeypatch):
     """Answers end within a line, at its end, inside a character, at EOT, and by Ctrl-C."""
     lines = ["/quit", "", "über", "sea", "東京", ""]
-    said = [*b"abc", *b"de\n", *b"fg\xc3", *b"h", ENC.eot_token]
-    script(monkeypatch, [*said, KeyboardInterrupt, *b"i", KeyboardInterrupt, *b"jklm"])
+    forced = [*b"abc", *b"de\n", *b"fg\xc3", *b"h", ENC.eot_token]
+    script(monkeypatch, [*forced, KeyboardInterrupt, *b"i", KeyboardInterrupt, *b"jklm"])
     stdin = io.TextIOWrapper(io.BytesIO("\n".join([*lines, ""]).encode()), encoding="ascii")
     monkeypatch.setattr(sys, "stdin", stdin)
     write("--prompt", "the river", "--max_new_tokens", 0, "--save_state", "s")
