@@ -49,8 +49,8 @@ LARGE = (
 )
 SMALL = f"{TRAIN} --n_layer 4 --d_model 96 --context 256 --batch_size 8 --max_steps 200"
 RECALL = f"{TRAIN} --n_layer 2 --d_model 64 --n_rows 64 --k_rows 16"
-MQAR = f"{RECALL} --data mqar --context 64 --batch_size 32 --eval_every 400"
-MQAR256 = f"{RECALL} --data mqar --context 256 --batch_size 8 --max_steps 4800 --eval_every 800"
+MQAR = f"{RECALL} --data mqar --context 64 --batch_size 32 --eval_every 400 --max_steps 1600"
+MQAR256 = f"{RECALL} --data mqar --context 256 --batch_size 8 --eval_every 400 --max_steps 1600"
 PASSKEY = f"{RECALL} --data passkey --context 256 --batch_size 8 --max_steps 600"
 TINY = "python train.py --preset cpu --data data/tinyshakespeare --max_steps 5000 --eval_every 100"
 CHARACTERS = (  # the shape of nanoGPT's run on a laptop
@@ -74,7 +74,11 @@ RECALL_MODELS = {
     "transformer": "--layer attention --n_head 4",
     "transformer+conv": "--layer attention --n_head 4 --conv 4",
 }
-HEADS = {f"transformer-{n}-heads": f"--layer attention --n_head {n}" for n in (1, 2)}
+HEADS = {
+    "transformer-1-head": "--layer attention --n_head 1",
+    "transformer-2-heads": "--layer attention --n_head 2",
+    "transformer-1-head,-learned-positions": "--layer attention --n_head 1 --positions 64",
+}
 EXTENSIONS = {
     "+".join(names): " ".join(CHANGES[name] for name in names)
     for n in (1, 2, 3)
@@ -99,8 +103,9 @@ GROUPS = {
     "large": Group(LARGE, MODELS, "rates", SEEDS[:1]),
     "extensions": Group(SHORT, {**EXTENSIONS, **WIDE}, ("8e-3",), SEEDS),
     "rows": Group(SMALL, {**ROWS, **SHARED}, ("8e-3",), SEEDS),
-    "recall-rates": Group(f"{MQAR} --max_steps 1600", {**RECALL_MODELS, **HEADS}, RATES, SEEDS[:1]),
-    "recall": Group(f"{MQAR} --max_steps 1600", RECALL_MODELS, "recall-rates", SEEDS[1:]),
+    "recall-rates": Group(MQAR, RECALL_MODELS, ("1e-3", *RATES), SEEDS[:1]),
+    "recall-heads": Group(MQAR, HEADS, RATES, SEEDS[:1]),
+    "recall": Group(MQAR, RECALL_MODELS, "recall-rates", SEEDS[1:]),
     "recall256": Group(MQAR256, RECALL_MODELS, "recall-rates", SEEDS),
     "passkey": Group(PASSKEY, RECALL_MODELS, "recall-rates", SEEDS),
     "default": Group("python train.py --preset cpu", {"default": ""}, ("4e-3",), SEEDS),

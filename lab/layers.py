@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fmem import FactorizationMemory, recurrence, scan_loop, upcast
+from fmem import EMBED_STD, FactorizationMemory, recurrence, scan_loop, upcast
 
 
 def join(past, x, count):
@@ -177,33 +177,32 @@ def rotate(x, start, base=10000.0):
 
 
 class Attention(nn.Module):
-    """LLaMA's causal attention, with rotary positions. Groups of heads can share keys and values.
+    """LLaMA's causal attention, with rotary positions or learned ones.
 
         q_t, k_t, v_t = W_q u_t, W_k u_t, W_v u_t       in heads of width D; q and k are rotated
         y_t = W_o concat_heads( sum_{s<=t} softmax_s(q_t . k_s / sqrt(D)) v_s )
 
     u is x; with conv, a short convolution of that width over x. n_head: number of heads, None for
-    heads of width 32. n_kv_head: number of key-value heads, None for n_head.
+    heads of width 32. positions: a vector for each of this many positions is learned and added to
+    u, and nothing is rotated; 0 for rotary positions.
 
-    State: (keys and values [2, B, n_kv_head, at least n, D], the number n of tokens so far, the
-    last conv - 1 inputs).
+    State: (keys and values [2, B, n_head, at least n, D], the number n of tokens so far, the last
+    conv - 1 inputs).
     """
 
-    def __init__(self, config, n_head=None, n_kv_head=None, conv=0):
+    def __init__(self, config, n_head=None, positions=0, conv=0):
         super().__init__()
         d_model = config.d_model
         self.n_head = n_head or max(d_model // 32, 1)
-        self.n_kv_head = n_kv_head or self.n_head
         if d_model % (2 * self.n_head):
             raise ValueError(f"d_model {d_model} must be a multiple of 2 n_head {self.n_head}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
         self.D = d_model // self.n_head
         self.n_past = max(conv - 1, 0)
         self.conv = ShortConv(d_model, conv) if conv else None
+        self.positions = nn.Parameter(torch.empty(positions, d_model)) if positions else None
         self.W_q = nn.Linear(d_model, d_model, bias=False)
-        self.W_k = nn.Linear(d_model, self.n_kv_head * self.D, bias=False)
-        self.W_v = nn.Linear(d_model, self.n_kv_head * self.D, bias=False)
+        self.W_k = nn.Linear(d_model, d_model, bias=False)
+        self.W_v = nn.Linear(d_model, d_model, bias=False)
         self.W_o = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x, state=None):
@@ -221,11 +220,17 @@ class Attention(nn.Module):
         u, past = join(past, x, self.n_past)
         if self.conv is not None:
             u = self.conv(u)
+        if self.positions is not None:
+            if n + T > len(self.positions):
+                raise ValueError(f"{n + T} tokens are more than {len(self.positions)} positions")
+            u = u + self.positions[n : n + T]
         q, k, v = (
             W(u).unflatten(-1, (-1, self.D)).transpose(1, 2) for W in (self.W_q, self.W_k, self.W_v)
         )  # [B, heads, T, D]
-        q = rotate(q, n)
-        new = torch.stack([rotate(k, n), v])  # [2, B, n_kv_head, T, D]
+        if self.positions is None:
+            q = rotate(q, n)
+            k = rotate(k, n)
+        new = torch.stack([k, v])  # [2, B, n_head, T, D]
         if cache is None:
             cache = new
         elif in_place and n + T <= cache.shape[3]:
@@ -238,9 +243,7 @@ class Attention(nn.Module):
         mask = None
         if n > 0 and T > 1:
             mask = torch.ones(T, n + T, dtype=torch.bool, device=x.device).tril(n)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=n == 0 and T > 1, enable_gqa=self.n_kv_head < self.n_head
-        )  # [B, n_head, T, D]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=n == 0 and T > 1)
         return self.W_o(y.transpose(1, 2).flatten(2)), (cache, n + T, past)
 
     def init_weights(self, init, branch_scale):
@@ -250,6 +253,8 @@ class Attention(nn.Module):
         init(self.W_o.weight, branch_scale)
         if self.conv is not None:
             self.conv.init_weights()
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=EMBED_STD)
 
 
 class Mamba2(nn.Module):

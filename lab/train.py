@@ -18,7 +18,7 @@ from lab.tasks import TASKS
 
 LAYERS = {
     "memory": (ExtendedMemory, ("conv", "gate", "shared_row", "shift")),
-    "attention": (Attention, ("conv", "n_head", "n_kv_head")),
+    "attention": (Attention, ("conv", "n_head", "positions")),
     "mamba2": (Mamba2, ("conv", "n_head", "d_state")),
 }
 
@@ -31,7 +31,7 @@ def make_parser():
     parser.add_argument("--shared_row", action="store_true", help="memory: a row all tokens share")
     parser.add_argument("--shift", action="store_true", help="memory: shifted write")
     parser.add_argument("--n_head", type=int, help="heads [attention: width 32, mamba2: 64]")
-    parser.add_argument("--n_kv_head", type=int, help="attention: key-value heads [n_head]")
+    parser.add_argument("--positions", type=int, help="attention: learned positions [0: rotary]")
     parser.add_argument("--d_state", type=int, help="mamba2: state values per channel [64]")
     return parser
 

@@ -225,9 +225,12 @@ def test_any_text_gives_the_same_tokens(exported):
 LIBRARY_TEST = """
 import unittest
 
+import torch
+from torch.utils import _pytree as pytree
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.models.auto import modeling_auto
 
+from ...generation.test_utils import GenerationTesterMixin
 from ...test_modeling_common import ModelTesterMixin, ids_tensor
 from ...test_training_mixin import TrainingTesterMixin
 from .modeling_fmem import *
@@ -254,10 +257,20 @@ class FMemTester:
         return self.get_config(), {"input_ids": ids_tensor([3, 7], 99)}
 
 
-class PaperTest(ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
+class PaperTest(
+    ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase
+):
     all_model_classes = (FMemModel, FMemForCausalLM, FMemForSequenceClassification)
     has_attentions = False
     model_tester = FMemTester()
+
+    # The suite has these two overridden for caches that are not the library's own.
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
+        assert past_key_values.get_seq_length() == seq_length
+        assert {len(part) for part in pytree.tree_leaves(past_key_values.layers)} == {batch_size}
+
+    def _check_caches_are_equal(self, one, other):
+        torch.testing.assert_close(pytree.tree_leaves(one), pytree.tree_leaves(other))
 
 
 class ExtendedTest(PaperTest):
@@ -268,18 +281,19 @@ class ExtendedTest(PaperTest):
 
 @pytest.mark.slow
 def test_library_suite(transformers, tmp_path):
-    """Without the part about generate, which is not in the source distribution."""
+    """The parts that a source distribution lacks (generate, export) need a checkout."""
     unpacked = os.environ.get("TRANSFORMERS_TESTS")
     if not unpacked:
-        pytest.skip("set TRANSFORMERS_TESTS to the folder of transformers' source distribution")
+        pytest.skip("set TRANSFORMERS_TESTS to a checkout of transformers")
     shutil.copytree(Path(unpacked, "tests"), tmp_path / "tests")
     for name, mixin in (
         ("generation/test_utils", "Generation"),
         ("exporters/test_export", "Export"),
     ):
         file = tmp_path / f"tests/{name}.py"
-        file.parent.mkdir()
-        file.write_text(f"class {mixin}TesterMixin:\n    pass\n")
+        if not file.exists():
+            file.parent.mkdir()
+            file.write_text(f"class {mixin}TesterMixin:\n    pass\n")
     folder = tmp_path / "tests/models/fmem"
     folder.mkdir(parents=True)
     for name in ("lab/modeling_fmem.py", "lab/layers.py", "fmem.py", "kernel.py"):

@@ -27,7 +27,8 @@ EXTENSIONS = {
     "all": (ExtendedMemory, {"conv": 3, "gate": True, "shared_row": True, "shift": True}),
 }
 LAYERS = {
-    "attention": (Attention, {"n_head": 2, "n_kv_head": 1, "conv": 4}),
+    "attention": (Attention, {"n_head": 2, "conv": 4}),
+    "learned positions": (Attention, {"positions": 100}),
     "mamba2": (Mamba2, {"n_head": 2, "d_state": 5}),
     **EXTENSIONS,
 }
@@ -103,20 +104,26 @@ def extended_reference(layer, x):
     return y @ layer.W_o.weight.T
 
 
-@pytest.mark.parametrize("conv", [0, 4])
-def test_attention_matches_transformers(conv):
+@pytest.mark.parametrize("arguments", [{}, {"conv": 4}, {"positions": 37}])
+def test_attention_matches_transformers(arguments):
     """LLaMA's, with the same weights. transformers rotates in float32."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    ours = Attention(tiny(d_model=48), n_head=6, n_kv_head=2, conv=conv).double()
+    ours = Attention(tiny(d_model=48), n_head=6, **arguments).double()
     ours.init_weights(lambda w, scale=1.0: torch.nn.init.normal_(w, std=0.3), 1.0)
-    config = llama.LlamaConfig(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+    config = llama.LlamaConfig(hidden_size=48, num_attention_heads=6)
     config._attn_implementation = "sdpa"
     theirs = llama.LlamaAttention(config, 0).double()
     for name in "qkvo":
         getattr(theirs, f"{name}_proj").weight = getattr(ours, f"W_{name}").weight
     x = torch.randn(2, 37, 48, dtype=torch.float64)
-    u = torch.stack([conv_reference(ours.conv, sequence) for sequence in x]) if conv else x
-    rotations = llama.LlamaRotaryEmbedding(config)(u, torch.arange(37)[None])
+    u = x
+    positions = torch.arange(37)[None]
+    if ours.conv:
+        u = torch.stack([conv_reference(ours.conv, sequence) for sequence in x])
+    if ours.positions is not None:
+        u = x + ours.positions
+        positions = 0 * positions  # nothing is rotated
+    rotations = llama.LlamaRotaryEmbedding(config)(u, positions)
     want, _ = theirs(u, position_embeddings=rotations, attention_mask=None)
     assert error(ours(x)[0], want) < 2e-6
 
