@@ -1,7 +1,5 @@
-"""Evaluate a trained model: python -m lab.evaluate CHECKPOINT --loss --long --recall --routing
+"""Evaluate a trained model: python -m lab.evaluate CHECKPOINT --long --recall --routing
 
-    --loss     the loss on the validation text in windows of the training length, in total and by
-               position in the window
     --long     the loss in windows of up to --times times the training length, with the state
                carried along: does a longer context help or hurt?
     --recall   for models of the recall tasks: the accuracy by number of pairs, or by distance of
@@ -23,7 +21,6 @@ import torch.nn.functional as F
 
 import fmem
 from data import prepare
-from data.tokenizer import load_tokenizer, token_bytes
 from lab.tasks import KEYS, MIN_PAIRS, PASSKEY_LENGTH, TASKS, score
 from train import one_line_errors, pick_device
 
@@ -36,26 +33,6 @@ def text_losses(model, tokens, length, device):
     targets = padded[1:].view(-1, length)
     nats, _ = score(model, inputs, targets, device)
     return nats.flatten()[:n]
-
-
-def loss_by_position(model, tokens, context, n_bytes, device):
-    """The loss of the whole text, then the loss at the positions 1 to 8, 9 to 16, 17 to 32, ..."""
-    losses = text_losses(model, tokens, context, device)
-    yield {
-        "result": "loss",
-        "nats": losses.mean().item(),
-        "bits_per_byte": losses.sum().item() / math.log(2) / n_bytes,
-        "tokens": len(losses),
-        "context": context,
-    }
-    whole = len(losses) // context * context
-    by_position = losses[:whole].view(-1, context).mean(0)
-    start = 0
-    while start < context:
-        stop = min(max(2 * start, 8), context)
-        nats = by_position[start:stop].mean().item()
-        yield {"result": "position", "from": start + 1, "to": stop, "nats": nats}
-        start = stop
 
 
 def loss_beyond(model, tokens, context, times, device):
@@ -176,16 +153,14 @@ def routing(model, tokens, context, device):
 
 
 def held_out_text(saved, folder=None):
-    """The validation tokens (int64) of a checkpoint's data, and the bytes of all but the first.
+    """The validation tokens (int64) of a checkpoint's data.
 
     Raises ValueError if the folder was prepared with another tokenizer.
     """
     _, tokens, fields, _ = prepare.load(folder or saved["settings"]["data"])
     if fields != saved["tokenizer"]:
         raise ValueError("--data was prepared with another tokenizer than the checkpoint's")
-    tokens = torch.from_numpy(np.asarray(tokens).astype(np.int64))
-    sizes = torch.tensor([len(piece) for piece in token_bytes(load_tokenizer(fields))])
-    return tokens, int(sizes[tokens[1:]].sum())
+    return torch.from_numpy(np.asarray(tokens).astype(np.int64))
 
 
 def evaluate(model, saved, args, device):
@@ -194,17 +169,14 @@ def evaluate(model, saved, args, device):
     is_text = saved["tokenizer"] is not None
     if args.recall and is_text:
         raise ValueError(f"--recall is for models of {' and '.join(TASKS)}, not of text")
-    if not is_text and (args.loss or args.long or args.routing):
+    if not is_text and (args.long or args.routing):
         raise ValueError(f"a model of {saved['corpus']} was not trained on text; use --recall")
     if args.recall and saved["corpus"] == "mqar":
         yield from recall_by_pairs(model, context, device)
     elif args.recall:
         yield from recall_by_distance(model, context, args.times, device)
     if is_text:
-        tokens, n_bytes = held_out_text(saved, args.data)
-        beginning = tokens[: args.tokens + 1]
-    if args.loss:
-        yield from loss_by_position(model, tokens, context, n_bytes, device)
+        beginning = held_out_text(saved, args.data)[: args.tokens + 1]
     if args.long:
         yield from loss_beyond(model, beginning, context, args.times, device)
     if args.routing:
@@ -214,7 +186,6 @@ def evaluate(model, saved, args, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="lab.evaluate", description="Measure a trained model.")
     parser.add_argument("checkpoint", help="a file that train.py or lab.train saved")
-    parser.add_argument("--loss", action="store_true", help="loss, and loss by position")
     parser.add_argument("--long", action="store_true", help="loss beyond the training length")
     parser.add_argument("--recall", action="store_true", help="accuracy on a recall task")
     parser.add_argument("--routing", action="store_true", help="how the memory rows are used")
@@ -223,8 +194,8 @@ def main(argv=None):
     parser.add_argument("--data", help="prepared folder [as in training]")
     parser.add_argument("--device", default="auto", help="cuda, cpu, ..., or auto [auto]")
     args = parser.parse_args(argv)
-    if not (args.loss or args.long or args.recall or args.routing):
-        parser.error("nothing to measure; give --loss, --long, --recall or --routing")
+    if not (args.long or args.recall or args.routing):
+        parser.error("nothing to measure; give --long, --recall or --routing")
     if min(args.times, args.tokens) < 1:
         parser.error("--times and --tokens must be at least 1")
     torch.set_flush_denormal(True)  # sharp routing makes denormal decays, which are slow on a CPU

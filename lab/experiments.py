@@ -58,11 +58,11 @@ CHARACTERS = (  # the shape of nanoGPT's run on a laptop
     "--batch_size 12 --max_steps 2000"
 )
 
-CHANGES = {"shared": "--shared_row", "shift": "--shift", "conv": "--conv 4", "gate": "--gate"}
+CHANGES = {"shared": "--shared_row", "conv": "--conv 4", "gate": "--gate"}
 MODELS = {
     "paper": "",
     "dense": "--k_rows none",
-    "ours": "--shared_row --shift --conv 4 --gate",  # all of CHANGES
+    "ours": "--shared_row --shift --conv 4 --gate",
     "transformer": "--layer attention",
     "transformer+conv": "--layer attention --conv 4",
     "mamba2": "--layer mamba2",
@@ -79,11 +79,8 @@ HEADS = {
     "transformer-2-heads": "--layer attention --n_head 2",
     "transformer-1-head,-learned-positions": "--layer attention --n_head 1 --positions 64",
 }
-EXTENSIONS = {
-    "+".join(names): " ".join(CHANGES[name] for name in names)
-    for n in (1, 2, 3)
-    for names in itertools.combinations(CHANGES, n)
-}
+COMBINATIONS = ("shared", "conv", "gate", "shared+conv", "conv+gate")
+EXTENSIONS = {names: " ".join(CHANGES[name] for name in names.split("+")) for names in COMBINATIONS}
 WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
 CONV = {"conv": "--conv 4"}
 EDGE = {"transformer+conv": MODELS["transformer+conv"], **CONV, **WIDE}  # best at 16e-3

@@ -64,8 +64,11 @@ def export(checkpoint, out):
     try:
         from safetensors.torch import save
         from transformers import PreTrainedTokenizerFast
+        from transformers.utils.versions import require_version
+
+        require_version(f"transformers>={TESTED[0]}")  # before, its converter wants a file
     except ImportError as error:
-        raise ValueError(f"to export, run pip install transformers safetensors: {error}") from None
+        raise ValueError(f"run pip install -U transformers safetensors: {error}") from None
     model, saved = fmem.load(checkpoint)
     if model.layer_name not in ("FactorizationMemory", "ExtendedMemory"):
         raise ValueError(f"{model.layer_name} cannot be exported; transformers has its own")

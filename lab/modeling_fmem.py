@@ -196,6 +196,7 @@ class FMemForCausalLM(FMemPreTrainedModel, GenerationMixin):
         self,
         input_ids=None,
         attention_mask=None,
+        inputs_embeds=None,
         labels=None,
         logits_to_keep=0,
         num_items_in_batch=None,
@@ -208,7 +209,7 @@ class FMemForCausalLM(FMemPreTrainedModel, GenerationMixin):
         labels: -100 for tokens without a loss.
         """
         shift_labels = options.pop("shift_labels", None)  # a parameter would count as labels
-        base = self.model(input_ids, attention_mask, **options)
+        base = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(base.last_hidden_state[:, kept])
         loss = None

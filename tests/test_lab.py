@@ -274,7 +274,7 @@ def test_recall_by_pairs_and_by_distance():
     assert [r["right"] for r in results] == pytest.approx(right)
 
 
-def test_loss_by_position_and_beyond_the_training_length(monkeypatch):
+def test_loss_beyond_the_training_length(monkeypatch):
     """For a model whose loss falls after 32 tokens of a window. It reads windows in pieces."""
     monkeypatch.setattr(tasks, "TOKENS_AT_ONCE", 7)
 
@@ -286,9 +286,6 @@ def test_loss_by_position_and_beyond_the_training_length(monkeypatch):
     tokens = torch.zeros(8 * 32 + 5, dtype=torch.long)
     near = math.log(2)
     far = math.log(1 + math.exp(-2))
-    _, *positions = evaluate.loss_by_position(model, tokens, 60, 1000, CPU)
-    assert [(r["from"], r["to"]) for r in positions] == [(1, 8), (9, 16), (17, 32), (33, 60)]
-    assert [r["nats"] for r in positions] == pytest.approx([near, near, near, far])
     for i, got in enumerate(evaluate.loss_beyond(model, tokens, 32, 8, CPU)):
         want = {"result": "long", "length": 32 * 2**i, "tokens": 256}
         want |= {"mean": far + (near - far) / 2**i, "at_end": far if i else near}
@@ -349,14 +346,10 @@ def test_resume_is_exact(recall_run, options, tmp_path):
 
 
 def test_evaluation_of_a_text(run, capsys):
-    """The loss matches that of training."""
-    options = "--loss --long --routing --times 4 --tokens 300 --device cpu"
+    options = "--long --routing --times 4 --tokens 300 --device cpu"
     evaluate.main([str(run / "last.pt"), *options.split()])
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {r["result"] for r in results} == {"loss", "position", "long", "routing"}
-    loss = results[0]  # both this and log.csv are sums of float32 losses
-    assert loss["nats"] == pytest.approx(last_in_log(run, "val_loss"), rel=2e-6)
-    assert loss["bits_per_byte"] == pytest.approx(last_in_log(run, "val_bpb"), rel=2e-6)
+    assert {r["result"] for r in results} == {"long", "routing"}
     lengths = [(r["length"], r["tokens"]) for r in results if r["result"] == "long"]
     assert lengths == [(24, 288), (48, 288), (96, 288)]  # three windows of 96
 
@@ -365,7 +358,7 @@ def test_commands_report_invalid_options(run, recall_run, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for main, arguments, message in [
         (evaluate.main, [str(run / "last.pt"), "--recall"], "--recall is for models of mqar"),
-        (evaluate.main, [str(recall_run / "last.pt"), "--loss"], "use --recall"),
+        (evaluate.main, [str(recall_run / "last.pt"), "--long"], "use --recall"),
         (lab_train.main, ["--layer", "mamba2", "--gate"], "--gate is not an option"),
     ]:
         with pytest.raises(SystemExit, match=message):
