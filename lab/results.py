@@ -25,6 +25,7 @@ NAMES = {
     "conv+gate,wide": "memory + conv + gate, wide",
 }
 MAIN = ("paper", "ours", "transformer", "transformer+conv", "mamba2")  # in the figure
+RECALL = ("recall-rates", "recall-heads", "recall")  # groups
 
 
 def collect(done, group):
@@ -138,20 +139,19 @@ def rows_of_memory(done):
     return table(["m", "k", "paper's layer", "with a shared row"], rows)
 
 
-def shares(done, group, key):
-    """Right answers in percent, by what makes the task hard: the field `key` of the results."""
+def harder(done):
+    """Right answers in percent, by number of pairs and by distance of the passkey."""
+    right = defaultdict(lambda: defaultdict(list))
+    for group, key in (("recall256-pairs", "pairs"), ("passkey-distances", "distance")):
+        for (model, _), lines in collect(done, group).items():
+            for line in lines.values():
+                for result in line["results"]:
+                    right[model][key, result[key]].append(100 * result["right"])
+    columns = list(dict.fromkeys(column for row in right.values() for column in row))
     rows = []
-    heads = []
-    for (model, rate), lines in collect(done, group).items():
-        right = defaultdict(list)
-        for line in lines.values():
-            for result in line["results"]:
-                if key in result:
-                    right[result[key]].append(100 * result["right"])
-        heads = [f"{hard:,}" for hard in right]
-        cells = [mean_std(numbers, 1) for numbers in right.values()]
-        rows.append([label(model), rate, len(lines), *cells])
-    return table(["model", "rate", "seeds", *heads], rows)
+    for model, row in right.items():
+        rows.append([label(model), *(mean_std(row[column], 1) for column in columns)])
+    return table(["model", *(f"{key} {hard:,}" for key, hard in columns)], rows)
 
 
 def routing(done):
@@ -173,19 +173,23 @@ def routing(done):
 
 
 def default(done):
-    """Runs of train.py: bits per byte of each seed, by command and processor."""
-    runs = defaultdict(list)
+    """Runs of train.py: bits per byte of each seed at each rate, by command and processor."""
+    runs = defaultdict(lambda: defaultdict(list))
     for group in ("default", "tinyshakespeare", "character-rates", "characters"):
-        for lines in collect(done, group).values():
+        for (_, rate), lines in collect(done, group).items():
             for line in lines.values():
-                command = line["command"].rpartition(" --seed")[0]
-                runs[f"`{command}`", line["processor"]].append(line)
+                command = line["command"].partition(" --lr")[0]
+                runs[f"`{command}`", line["processor"]][rate].append(line)
     rows = []
-    for run, lines in runs.items():
-        bits = [f"{line['result']['bits_per_byte']:.3f}" for line in lines]
-        seconds = [str(line["seconds"]) for line in lines]
-        rows.append([*run, ", ".join(bits), ", ".join(seconds)])
-    return table(["command", "on", "bits per byte of each seed", "seconds"], rows)
+    for run, by_rate in runs.items():
+        cells = []
+        seconds = []
+        for rate in sorted(by_rate, key=float):
+            bits = [f"{line['result']['bits_per_byte']:.3f}" for line in by_rate[rate]]
+            cells.append(f"{rate}: {', '.join(bits)}")
+            seconds += [str(line["seconds"]) for line in by_rate[rate]]
+        rows.append([*run, "; ".join(cells), ", ".join(seconds)])
+    return table(["command", "on", "rate: bits per byte of each seed", "seconds"], rows)
 
 
 def speed(done, bench, beside):
@@ -208,9 +212,8 @@ TABLES = {
     "ten": ten,
     "long": long,
     "rows": rows_of_memory,
-    "recall-rates": lambda done: rates(done, "recall-rates", "recall", key="percent_right"),
-    "recall256": lambda done: shares(done, "recall256-pairs", "pairs"),
-    "passkey": lambda done: shares(done, "passkey-distances", "distance"),
+    "recall": lambda done: rates(done, *RECALL, key="percent_right"),
+    "harder": harder,
     "routing": routing,
     "default": default,
     "training": lambda done: speed(done, "train", "transformer"),
