@@ -184,13 +184,14 @@ class Attention(nn.Module):
 
     u is x; with conv, a short convolution of that width over x. n_head: number of heads, None for
     heads of width 32. positions: a vector for each of this many positions is learned and added to
-    u, and nothing is rotated; 0 for rotary positions.
+    u, and nothing is rotated; 0 for rotary positions. gate: y_t = W_o norm(c_t * silu(W_g x_t)), if
+    c_t are the concatenated heads.
 
     State: (keys and values [2, B, n_head, at least n, D], the number n of tokens so far, the last
     conv - 1 inputs).
     """
 
-    def __init__(self, config, n_head=None, positions=0, conv=0):
+    def __init__(self, config, n_head=None, positions=0, conv=0, gate=False):
         super().__init__()
         d_model = config.d_model
         self.n_head = n_head or max(d_model // 32, 1)
@@ -204,6 +205,8 @@ class Attention(nn.Module):
         self.W_k = nn.Linear(d_model, d_model, bias=False)
         self.W_v = nn.Linear(d_model, d_model, bias=False)
         self.W_o = nn.Linear(d_model, d_model, bias=False)
+        self.W_g = nn.Linear(d_model, d_model, bias=False) if gate else None
+        self.gate_norm = nn.RMSNorm(d_model, eps=config.norm_eps) if gate else None
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> y [B, T, d_model], state after x. The given state is not changed."""
@@ -244,7 +247,10 @@ class Attention(nn.Module):
         if n > 0 and T > 1:
             mask = torch.ones(T, n + T, dtype=torch.bool, device=x.device).tril(n)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=n == 0 and T > 1)
-        return self.W_o(y.transpose(1, 2).flatten(2)), (cache, n + T, past)
+        y = y.transpose(1, 2).flatten(2)  # [B, T, d_model]
+        if self.W_g is not None:
+            y = self.gate_norm(upcast(y * F.silu(self.W_g(x))))
+        return self.W_o(y), (cache, n + T, past)
 
     def init_weights(self, init, branch_scale):
         init(self.W_q.weight)
@@ -255,6 +261,8 @@ class Attention(nn.Module):
             self.conv.init_weights()
         if self.positions is not None:
             nn.init.normal_(self.positions, std=EMBED_STD)
+        if self.W_g is not None:
+            init(self.W_g.weight)
 
 
 class Mamba2(nn.Module):

@@ -18,7 +18,7 @@ from lab.tasks import TASKS
 
 LAYERS = {
     "memory": (ExtendedMemory, ("conv", "gate", "shared_row", "shift")),
-    "attention": (Attention, ("conv", "n_head", "positions")),
+    "attention": (Attention, ("conv", "gate", "n_head", "positions")),
     "mamba2": (Mamba2, ("conv", "n_head", "d_state")),
 }
 
@@ -27,7 +27,9 @@ def make_parser():
     parser = train.make_parser("lab.train")
     parser.add_argument("--layer", choices=LAYERS, help="layer of the blocks [memory]")
     parser.add_argument("--conv", type=int, help="width of a short convolution [mamba2: 4, else 0]")
-    parser.add_argument("--gate", action="store_true", help="memory: gate and norm for the read")
+    parser.add_argument(
+        "--gate", action="store_true", help="memory, attention: output gate and norm"
+    )
     parser.add_argument("--shared_row", action="store_true", help="memory: a row all tokens share")
     parser.add_argument("--shift", action="store_true", help="memory: shifted write")
     parser.add_argument("--n_head", type=int, help="heads [attention: width 32, mamba2: 64]")

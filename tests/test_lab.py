@@ -28,7 +28,7 @@ EXTENSIONS = {
 }
 LAYERS = {
     "attention": (Attention, {"n_head": 2, "conv": 4}),
-    "learned positions": (Attention, {"positions": 100}),
+    "attention, gate": (Attention, {"positions": 100, "gate": True}),
     "mamba2": (Mamba2, {"n_head": 2, "d_state": 5}),
     **EXTENSIONS,
 }
