@@ -81,10 +81,7 @@ HEADS = {
 }
 COMBINATIONS = ("shared", "conv", "gate", "shared+conv", "conv+gate")
 EXTENSIONS = {names: " ".join(CHANGES[name] for name in names.split("+")) for names in COMBINATIONS}
-GATED = {
-    "conv+gate": "--conv 4 --gate",
-    "transformer+conv+gate": "--layer attention --conv 4 --gate",
-}
+GATED = {"transformer+conv+gate": "--layer attention --conv 4 --gate"}
 WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
 CONV = {"conv": "--conv 4"}
 EDGE = {"transformer+conv": MODELS["transformer+conv"], **CONV, **WIDE}  # best at 16e-3

@@ -27,9 +27,7 @@ def make_parser():
     parser = train.make_parser("lab.train")
     parser.add_argument("--layer", choices=LAYERS, help="layer of the blocks [memory]")
     parser.add_argument("--conv", type=int, help="width of a short convolution [mamba2: 4, else 0]")
-    parser.add_argument(
-        "--gate", action="store_true", help="memory, attention: output gate and norm"
-    )
+    parser.add_argument("--gate", action="store_true", help="not mamba2: output gate and norm")
     parser.add_argument("--shared_row", action="store_true", help="memory: a row all tokens share")
     parser.add_argument("--shift", action="store_true", help="memory: shifted write")
     parser.add_argument("--n_head", type=int, help="heads [attention: width 32, mamba2: 64]")

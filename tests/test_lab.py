@@ -72,6 +72,14 @@ def affinity_reference(logits, tau, k):
     return gamma * alpha / (gamma * alpha).sum(-1, keepdim=True)
 
 
+def gate_reference(layer, x, y):
+    if layer.W_g is None:
+        return y
+    g = x @ layer.W_g.weight.T
+    y = y * g * torch.sigmoid(g)
+    return y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-5) * layer.gate_norm.weight
+
+
 def extended_reference(layer, x):
     """The equations for one sequence [T, d_model], then the recurrence as a loop."""
     config = layer.config
@@ -97,14 +105,10 @@ def extended_reference(layer, x):
         phi = torch.cat([phi, rates[:, 1:]], -1)
     xbar = u @ layer.W_i.weight.T
     y = scan_loop(theta[None], phi[None], xbar[None])[0][0]
-    if layer.W_g is not None:
-        g = x @ layer.W_g.weight.T
-        y = y * g * torch.sigmoid(g)
-        y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-5) * layer.gate_norm.weight
-    return y @ layer.W_o.weight.T
+    return gate_reference(layer, x, y) @ layer.W_o.weight.T
 
 
-@pytest.mark.parametrize("arguments", [{}, {"conv": 4}, {"positions": 37}])
+@pytest.mark.parametrize("arguments", [{}, {"conv": 4}, {"positions": 37, "gate": True}])
 def test_attention_matches_transformers(arguments):
     """LLaMA's, with the same weights. transformers rotates in float32."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -113,8 +117,9 @@ def test_attention_matches_transformers(arguments):
     config = llama.LlamaConfig(hidden_size=48, num_attention_heads=6)
     config._attn_implementation = "sdpa"
     theirs = llama.LlamaAttention(config, 0).double()
-    for name in "qkvo":
+    for name in "qkv":
         getattr(theirs, f"{name}_proj").weight = getattr(ours, f"W_{name}").weight
+    theirs.o_proj = torch.nn.Identity()
     x = torch.randn(2, 37, 48, dtype=torch.float64)
     u = x
     positions = torch.arange(37)[None]
@@ -124,7 +129,8 @@ def test_attention_matches_transformers(arguments):
         u = x + ours.positions
         positions = 0 * positions  # nothing is rotated
     rotations = llama.LlamaRotaryEmbedding(config)(u, positions)
-    want, _ = theirs(u, position_embeddings=rotations, attention_mask=None)
+    heads, _ = theirs(u, position_embeddings=rotations, attention_mask=None)
+    want = gate_reference(ours, x, heads) @ ours.W_o.weight.T
     assert error(ours(x)[0], want) < 2e-6
 
 
