@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
 import fmem
 from lab.layers import Attention, ExtendedMemory, Mamba2, matched_d_mlp
@@ -161,9 +162,8 @@ def state_after(model, context, device):
 
 
 def count_bytes(state):
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    return sum(map(count_bytes, state)) if isinstance(state, (list, tuple)) else 0
+    parts = [part for part in pytree.tree_leaves(state) if isinstance(part, torch.Tensor)]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def stepper(model, state, device):

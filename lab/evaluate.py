@@ -101,11 +101,10 @@ def recall_by_distance(model, context, times, device):
         length = 4 * length
 
 
-def describe_rows(theta, phi):
-    """Statistics of a layer's rows; theta, phi [n, m] of n tokens, for the routed rows only."""
+def describe_rows(theta):
+    """Statistics of a layer's rows; theta [n, m] of n tokens, for the routed rows only."""
     theta = theta.double()
-    eta = theta.sum(-1)  # the affinities of a token add up to 1
-    alpha = theta / eta[:, None]
+    alpha = theta / theta.sum(-1, keepdim=True)  # the affinities of a token add up to 1
 
     def effective_number(p):
         return torch.special.entr(p).sum(-1).exp().mean().item()
@@ -119,8 +118,6 @@ def describe_rows(theta, phi):
         "rows_per_token": effective_number(alpha),  # after the top k
         "rows_used": effective_number(alpha.mean(0)),  # by all tokens
         "half_life": torch.quantile(half_life, quarters).tolist(),  # minimum, quartiles, maximum
-        "eta": eta.mean().item(),
-        "mu": phi.double().sum(-1).mean().item(),
     }
 
 
@@ -138,8 +135,8 @@ def routing(model, tokens, context, device):
     weights = {block.memory: [] for block in model.blocks}
 
     def note(memory, arguments):
-        theta, phi, _ = memory.scan_inputs(*arguments)
-        weights[memory].append(torch.stack([theta, phi]).flatten(1, 2).cpu())
+        theta, _, _ = memory.scan_inputs(*arguments)
+        weights[memory].append(theta.flatten(0, 1).cpu())
 
     hooks = [block.memory.register_forward_pre_hook(note) for block in model.blocks]
     for part in windows.split(8):
@@ -148,19 +145,8 @@ def routing(model, tokens, context, device):
         hook.remove()
     for i, (memory, parts) in enumerate(weights.items()):
         n_routed = memory.W_alpha.out_features  # all rows but a shared one
-        theta, phi = torch.cat(parts, 1)[..., :n_routed]  # [n, n_routed]
-        yield {"result": "routing", "layer": i, **describe_rows(theta, phi)}
-
-
-def held_out_text(saved, folder=None):
-    """The validation tokens (int64) of a checkpoint's data.
-
-    Raises ValueError if the folder was prepared with another tokenizer.
-    """
-    _, tokens, fields, _ = prepare.load(folder or saved["settings"]["data"])
-    if fields != saved["tokenizer"]:
-        raise ValueError("--data was prepared with another tokenizer than the checkpoint's")
-    return torch.from_numpy(np.asarray(tokens).astype(np.int64))
+        theta = torch.cat(parts)[:, :n_routed]  # [n, n_routed]
+        yield {"result": "routing", "layer": i, **describe_rows(theta)}
 
 
 def evaluate(model, saved, args, device):
@@ -176,11 +162,14 @@ def evaluate(model, saved, args, device):
     elif args.recall:
         yield from recall_by_distance(model, context, args.times, device)
     if is_text:
-        beginning = held_out_text(saved, args.data)[: args.tokens + 1]
+        _, tokens, fields, _ = prepare.load(args.data or saved["settings"]["data"])
+        if fields != saved["tokenizer"]:
+            raise ValueError("--data was prepared with another tokenizer than the checkpoint's")
+        tokens = torch.from_numpy(tokens[: args.tokens + 1].astype(np.int64))
     if args.long:
-        yield from loss_beyond(model, beginning, context, args.times, device)
+        yield from loss_beyond(model, tokens, context, args.times, device)
     if args.routing:
-        yield from routing(model, beginning, context, device)
+        yield from routing(model, tokens, context, device)
 
 
 def main(argv=None):

@@ -102,7 +102,7 @@ GROUPS = {
     "extensions": Group(SHORT, {**EXTENSIONS, **WIDE}, ("8e-3",), SEEDS),
     "rows": Group(SMALL, {**ROWS, **SHARED}, ("8e-3",), SEEDS),
     "recall-rates": Group(MQAR, RECALL_MODELS, ("1e-3", *RATES), SEEDS[:1]),
-    "recall-heads": Group(MQAR, HEADS, RATES, SEEDS[:1]),
+    "recall-heads": Group(MQAR, HEADS, RATES[:3], SEEDS[:1]),
     "recall": Group(MQAR, RECALL_MODELS, "recall-rates", SEEDS[1:]),
     "recall256": Group(MQAR256, RECALL_MODELS, "recall-rates", SEEDS),
     "passkey": Group(PASSKEY, RECALL_MODELS, "recall-rates", SEEDS),

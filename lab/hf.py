@@ -84,7 +84,6 @@ def export(checkpoint, out):
         "AutoConfig": "FMemHFConfig",
         "AutoModel": "FMemModel",
         "AutoModelForCausalLM": "FMemForCausalLM",
-        "AutoModelForSequenceClassification": "FMemForSequenceClassification",
     }
     sizes = dict(saved["config"])
     config = {
@@ -94,7 +93,6 @@ def export(checkpoint, out):
         "tie_word_embeddings": sizes.pop("tie_embeddings"),
         **sizes,
         "tested_with": TESTED,
-        "layer": model.layer_name,
         "layer_arguments": model.layer_arguments,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), enc.eot_token),
     }

@@ -126,8 +126,7 @@ class ExtendedMemory(FactorizationMemory):
                 rates = torch.sigmoid(upcast(self.W_shared(u)))
                 theta = torch.cat([theta, rates[..., :1]], -1)
                 phi = torch.cat([phi, rates[..., 1:]], -1)
-        xbar = self.W_i(u) * x.any(-1, keepdim=True)  # eq. 9; padding, an input of 0, writes 0
-        return theta, phi, xbar
+        return theta, phi, self.W_i(u)  # eq. 9
 
     def forward(self, x, state=None):
         """x [B, T, d_model] -> y [B, T, d_model], state after x. The given state is not changed."""
@@ -138,7 +137,7 @@ class ExtendedMemory(FactorizationMemory):
         else:
             y, h = self.scan(theta, phi, xbar, h)
         if self.W_g is not None:
-            y = self.gate_norm(upcast(y * F.silu(self.W_g(x))))
+            y = self.gate_norm((y * F.silu(self.W_g(x))).to(x.dtype))
         _, past = join(past, x, self.n_past)
         return self.W_o(y), (h, past)
 
@@ -249,7 +248,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=n == 0 and T > 1)
         y = y.transpose(1, 2).flatten(2)  # [B, T, d_model]
         if self.W_g is not None:
-            y = self.gate_norm(upcast(y * F.silu(self.W_g(x))))
+            y = self.gate_norm((y * F.silu(self.W_g(x))).to(x.dtype))
         return self.W_o(y), (cache, n + T, past)
 
     def init_weights(self, init, branch_scale):

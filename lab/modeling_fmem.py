@@ -13,17 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel, __version__
-from transformers.modeling_layers import GenericForSequenceClassification as Classifier
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .fmem import EMBED_STD, Block, FactorizationMemory, FMemConfig
+from .fmem import EMBED_STD, Block, FMemConfig
 from .layers import ExtendedMemory
 
 if TYPE_CHECKING:  # makes transformers copy kernel.py, which fmem.py imports
     from .kernel import recurrence  # noqa: F401
 
-LAYERS = {"FactorizationMemory": FactorizationMemory, "ExtendedMemory": ExtendedMemory}
 FIELDS = [field for field in dataclasses.fields(FMemConfig) if field.name != "tie_embeddings"]
 
 # The output that generate passes on to the next call. Versions before 5.24 call it
@@ -33,17 +31,16 @@ STATE = "cache" if "cache" in OUTPUTS else "past_key_values"
 
 
 class FMemHFConfig(PreTrainedConfig):
-    """The fields of FMemConfig; layer: the class in each block, with its arguments."""
+    """The fields of FMemConfig; layer_arguments: those of ExtendedMemory."""
 
     model_type = "fmem"
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}  # noqa: RUF012
 
-    def __init__(self, layer="FactorizationMemory", layer_arguments=None, use_cache=True, **kwargs):
+    def __init__(self, layer_arguments=None, use_cache=True, **kwargs):
         if __version__ not in kwargs.setdefault("tested_with", [__version__]):
             warnings.warn(f"tested with transformers {kwargs['tested_with']}", stacklevel=2)
         for field in FIELDS:
             setattr(self, field.name, kwargs.pop(field.name, field.default))
-        self.layer = layer
         self.layer_arguments = layer_arguments or {}
         self.use_cache = use_cache
         kwargs.setdefault("tie_word_embeddings", True)
@@ -83,6 +80,15 @@ pytree.register_pytree_node(
 )
 
 
+class PaddedMemory(ExtendedMemory):
+    """The memory with the config's extensions, or none, that skips padding: inputs of 0."""
+
+    def scan_inputs(self, x, state=None):
+        theta, phi, xbar = super().scan_inputs(x, state)
+        real = x.any(-1, keepdim=True)
+        return theta * real, phi * real, xbar
+
+
 class FMemBlock(GradientCheckpointingLayer, Block):
     """fmem.Block with the library's gradient checkpointing."""
 
@@ -102,10 +108,9 @@ class FMemPreTrainedModel(PreTrainedModel):
         for block in self.modules():
             if isinstance(block, FMemBlock) and module in block.modules():
                 block.init_weights(self.config.n_layer)
-        heads = [getattr(self, name, None) for name in ("lm_head", "score")]
         if isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, nn.Embedding) or module in heads:
+        elif isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
             nn.init.normal_(module.weight, std=EMBED_STD)
 
     @classmethod
@@ -119,11 +124,10 @@ class FMemModel(FMemPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         sizes = config.fmem_config()
-        layer = LAYERS[config.layer]
         self.embed_tokens = nn.Embedding(sizes.vocab_size, sizes.d_model)
         self.dropout = nn.Dropout(sizes.dropout)
         self.blocks = nn.ModuleList(
-            FMemBlock(sizes, layer, config.layer_arguments) for _ in range(sizes.n_layer)
+            FMemBlock(sizes, PaddedMemory, config.layer_arguments) for _ in range(sizes.n_layer)
         )
         self.norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
         self.post_init()
@@ -143,9 +147,8 @@ class FMemModel(FMemPreTrainedModel):
     ):
         """input_ids [B, T], or inputs_embeds [B, T, d_model] -> hidden states, and the state.
 
-        attention_mask [B, at least T]: 0 for padding; only the last T columns are used.
-        Padding on the left leaves the memory exactly empty. Padding after a token makes rows decay.
-        This does not affect the outputs that count, but do not continue from such a state.
+        attention_mask [B, T], or of all tokens so far, whose last T columns are used: 0 for
+        padding, which is skipped. Only a convolution or a shift sees padding that follows text.
         cache, or past_key_values: the State that an earlier call returned; it is not changed.
         tokenizer, which generate passes on, is ignored. Raises ValueError for arguments that the
         model does not support.
@@ -156,6 +159,8 @@ class FMemModel(FMemPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3:
+            raise ValueError("input_ids must be [B, T], inputs_embeds [B, T, d_model]")
         B, T = x.shape[:2]
         state = past_key_values if cache is None else cache
         if state is None:
@@ -163,9 +168,12 @@ class FMemModel(FMemPreTrainedModel):
         elif not isinstance(state, State):
             raise ValueError(f"the state must be one that this model returned, not {type(state)}")
         elif (known := len(pytree.tree_leaves(state.layers)[0])) != B:
-            raise ValueError(f"the state has {known} sequences, the input {B}")
-        if attention_mask is not None:  # zeros stay zeros in every block, and write zeros
-            x = x * attention_mask[:, -T:, None].to(x.dtype)
+            hint = "; see batch_repeat_interleave" if known == 1 else ""
+            raise ValueError(f"the state is of {known} sequences, the input of {B}{hint}")
+        if attention_mask is not None:
+            if attention_mask.shape not in ((B, T), (B, state.length + T)):
+                raise ValueError("attention_mask must be [B, T], or include all earlier tokens")
+            x = x * attention_mask[:, -T:, None].bool()  # zeros stay zeros in every block
         x = self.dropout(x)
         hidden_states = []
         layers = []
@@ -227,12 +235,6 @@ class FMemForCausalLM(FMemPreTrainedModel, GenerationMixin):
         if count is not None and count < 1:
             raise ValueError("generate needs all tokens so far, at least one of them unread")
         return super().prepare_inputs_for_generation(*args, **kwargs)
-
-
-class FMemForSequenceClassification(Classifier, FMemPreTrainedModel):
-    """A linear layer over the last token that is not padding."""
-
-    accepts_loss_kwargs = False
 
 
 AutoModel.register(FMemHFConfig, FMemModel, exist_ok=True)
