@@ -316,7 +316,5 @@ def test_library_suite(transformers, tmp_path):
     (folder.parent / "__init__.py").touch()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if "FAILED" in line or " passed" in line]
     print(done.stdout[-5000:])
-    failed = [line for line in lines[:-1] if "test_generation_tester_mixin_inheritance" not in line]
-    assert failed == [] and " passed" in lines[-1]
+    assert done.returncode == 0
