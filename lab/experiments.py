@@ -81,10 +81,9 @@ HEADS = {
 }
 COMBINATIONS = ("shared", "conv", "gate", "shared+conv", "conv+gate")
 EXTENSIONS = {names: " ".join(CHANGES[name] for name in names.split("+")) for names in COMBINATIONS}
-GATED = {"transformer+conv+gate": "--layer attention --conv 4 --gate"}
 WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
-CONV = {"conv": "--conv 4"}
-EDGE = {"transformer+conv": MODELS["transformer+conv"], **CONV, **WIDE}  # best at 16e-3
+CONV = {"conv": "--conv 4", "transformer+conv+gate": "--layer attention --conv 4 --gate"}
+EDGE = {"transformer+conv": MODELS["transformer+conv"], **CONV}  # best at 16e-3
 SHAPES = [(4, 1), (16, 4), (32, 8), (64, 4), (64, 16), (256, 64)]
 ROWS = {f"m={m},k={k}": f"--n_rows {m} --k_rows {k}" for m, k in SHAPES}
 SHARED = {f"shared,m={m},k={k}": f"--shared_row --n_rows {m + 1} --k_rows {k}" for m, k in SHAPES}
@@ -94,9 +93,9 @@ RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = ("1337", "1", "2")
 
 GROUPS = {
-    "rates": Group(SWEEP, {**MODELS, **CONV, **GATED, **WIDE}, RATES, SEEDS[:1]),
+    "rates": Group(SWEEP, {**MODELS, **CONV, **WIDE}, RATES, SEEDS[:1]),
     "edge": Group(SWEEP, EDGE, ("32e-3",), SEEDS[:1]),
-    "short": Group(SHORT, {**MODELS, **CONV, **GATED}, "rates", SEEDS),
+    "short": Group(SHORT, {**MODELS, **CONV}, "rates", SEEDS),
     "ten": Group(f"{LANGUAGE} --max_steps 5000 --eval_every 500", MODELS, "rates", SEEDS[:2]),
     "large": Group(LARGE, MODELS, "rates", SEEDS[:1]),
     "extensions": Group(SHORT, {**EXTENSIONS, **WIDE}, ("8e-3",), SEEDS),
