@@ -15,6 +15,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import fmem
@@ -60,7 +61,7 @@ def fast_tokenizer(enc):
 
 
 def export(checkpoint, out):
-    """Export a checkpoint file to the new folder `out`. Raises a one-line ValueError or OSError."""
+    """Export a checkpoint file to the empty folder `out`. Raises one-line ValueError, OSError."""
     try:
         from safetensors.torch import save
         from transformers import PreTrainedTokenizerFast
@@ -100,7 +101,6 @@ def export(checkpoint, out):
     for name, weight in model.named_parameters():
         name = f"model.{name}".replace("model.embed.", "model.embed_tokens.")
         weights[name.replace("model.head.", "lm_head.")] = weight
-    out.mkdir(parents=True)  # fails if it exists
     for name in CODE:
         text = (ROOT / name).read_text(encoding="utf-8")
         text = text.replace("\nfrom fmem import ", "\nfrom .fmem import ")
@@ -119,7 +119,12 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     args = parser.parse_args(argv)
     with one_line_errors("lab.hf"):
-        export(args.checkpoint, args.out)
+        args.out.mkdir(parents=True)  # fails if it exists
+        try:
+            export(args.checkpoint, args.out)
+        except BaseException:
+            shutil.rmtree(args.out)  # so that the command can be repeated
+            raise
     print(printable(f"{args.out} is ready for AutoModelForCausalLM.from_pretrained"))
 
 

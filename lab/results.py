@@ -25,7 +25,6 @@ NAMES = {
     "conv+gate,wide": "memory + conv + gate, wide",
 }
 MAIN = ("paper", "ours", "transformer", "transformer+conv", "mamba2")  # in the figure
-RECALL = ("recall-rates", "recall-heads", "recall")  # groups
 
 
 def collect(done, group):
@@ -212,7 +211,9 @@ TABLES = {
     "ten": ten,
     "long": long,
     "rows": rows_of_memory,
-    "recall": lambda done: rates(done, *RECALL, key="percent_right"),
+    "recall": lambda done: rates(
+        done, "recall-rates", "recall-heads", "recall", key="percent_right"
+    ),
     "harder": harder,
     "routing": routing,
     "default": default,
