@@ -81,7 +81,7 @@ def language(done):
     return table(heads, [row for _, row in sorted(rows)])
 
 
-def rates(done, *groups, key="nats"):
+def rates(done, key, *groups):
     """A sweep of learning rates, whose runs may be in several groups."""
     swept = defaultdict(dict)
     for group in groups:
@@ -207,13 +207,11 @@ def speed(done, bench, beside):
 
 TABLES = {
     "language": language,
-    "rates": lambda done: rates(done, "rates", "edge"),
+    "rates": lambda done: rates(done, "nats", "rates", "edge"),
     "ten": ten,
     "long": long,
     "rows": rows_of_memory,
-    "recall": lambda done: rates(
-        done, "recall-rates", "recall-heads", "recall", key="percent_right"
-    ),
+    "recall": lambda done: rates(done, "percent_right", "recall-rates", "recall-heads", "recall"),
     "harder": harder,
     "routing": routing,
     "default": default,
