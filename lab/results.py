@@ -107,11 +107,12 @@ def ten(done):
     rows = []
     for (model, rate), lines in collect(done, "ten").items():
         nats = values(lines, "nats")
-        row = [label(model), rate, len(lines), mean_std(nats), rise(lines)]
+        bits = mean_std(values(lines, "bits_per_byte"))
+        row = [label(model), rate, len(lines), mean_std(nats), bits, rise(lines)]
         large = collect(done, "large").get((model, rate), {})
         row += [mean_std(values(large, "nats")), rise(large) or ""]
         rows.append((statistics.mean(nats), row))
-    heads = ["model", "rate", "seeds", "nats per token", "rise", "3.6 million parameters", "rise"]
+    heads = ["model", "rate", "seeds", "nats per token", "bits per byte", "rise", "3.6 M", "rise"]
     return table(heads, [row for _, row in sorted(rows)])
 
 
