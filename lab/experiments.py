@@ -79,7 +79,7 @@ HEADS = {
     "transformer-2-heads": "--layer attention --n_head 2",
     "transformer-1-head,-learned-positions": "--layer attention --n_head 1 --positions 64",
 }
-COMBINATIONS = ("shared", "conv", "gate", "shared+conv", "conv+gate")
+COMBINATIONS = ("shared", "gate", "shared+conv", "conv+gate")
 EXTENSIONS = {names: " ".join(CHANGES[name] for name in names.split("+")) for names in COMBINATIONS}
 WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
 CONV = {"conv": "--conv 4", "transformer+conv+gate": "--layer attention --conv 4 --gate"}
@@ -96,6 +96,7 @@ GROUPS = {
     "rates": Group(SWEEP, {**MODELS, **CONV, **WIDE}, RATES, SEEDS[:1]),
     "edge": Group(SWEEP, EDGE, ("32e-3",), SEEDS[:1]),
     "short": Group(SHORT, {**MODELS, **CONV}, "rates", SEEDS),
+    "short-8e-3": Group(SHORT, EDGE, ("8e-3",), SEEDS),  # level with 16e-3 after 300 steps
     "ten": Group(f"{LANGUAGE} --max_steps 5000 --eval_every 500", MODELS, "rates", SEEDS[:2]),
     "large": Group(LARGE, MODELS, "rates", SEEDS[:1]),
     "extensions": Group(SHORT, {**EXTENSIONS, **WIDE}, ("8e-3",), SEEDS),

@@ -19,8 +19,6 @@ NAMES = {
     "paper": "memory, as in the paper",
     "dense": "memory, dense",
     "ours": "memory + all four changes",
-    "transformer": "Transformer",
-    "transformer+conv": "Transformer + conv",
     "mamba2": "Mamba-2",
     "conv+gate,wide": "memory + conv + gate, wide",
 }
@@ -55,7 +53,7 @@ def label(model):
     if model in NAMES:
         return NAMES[model]
     if model.startswith("transformer"):
-        return model.replace("transformer-", "Transformer, ").replace("-", " ")
+        return model.capitalize().replace("+", " + ").replace("-", " ")
     changes = model.removeprefix("paper+").replace("shared", "shared row")
     return "memory + " + changes.replace("+", " + ")
 
@@ -70,7 +68,7 @@ def table(heads, rows):
 
 def language(done):
     rows = []
-    for group in ("short", "extensions"):
+    for group in ("short", "short-8e-3", "extensions"):
         for (model, rate), lines in collect(done, group).items():
             nats = values(lines, "nats")
             bits = mean_std(values(lines, "bits_per_byte"))
