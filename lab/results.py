@@ -53,7 +53,7 @@ def label(model):
     if model in NAMES:
         return NAMES[model]
     if model.startswith("transformer"):
-        return model.capitalize().replace("+", " + ").replace("-", " ")
+        return model.capitalize().replace("+", " + ").replace("-", ", ", 1).replace("-", " ")
     changes = model.removeprefix("paper+").replace("shared", "shared row")
     return "memory + " + changes.replace("+", " + ")
 
