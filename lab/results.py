@@ -2,8 +2,8 @@
 
     python -m lab.results
 
-A table stands between a mark with its name and the end mark; the words around it are written by
-hand. A table without raw lines is left empty. The figure needs matplotlib.
+A table stands after a mark with its name, up to the next empty line; the words around it are
+written by hand. A table without raw lines is left empty. The figure needs matplotlib.
 """
 
 import json
@@ -190,18 +190,19 @@ def default(done):
     return table(["command", "on", "rate: bits per byte of each seed", "seconds"], rows)
 
 
-def speed(done, bench, beside):
-    """Times by context, as multiples of that of the model `beside`; and the largest state."""
+def speed(done):
+    """Times by context, as multiples of another model's, and the bytes of the largest state."""
     lines = (RUNS.parent / "bench.jsonl").read_text(encoding="utf-8").splitlines() if done else []
-    lines = [line for line in map(json.loads, lines) if line["bench"] == bench]
-    sized = "state_bytes" in str(lines)
-    rows = []
-    for model in MAIN if lines else []:
-        row = [label(model)]
-        row += [f"{line['seconds'][model] / line['seconds'][beside]:.2f}" for line in lines]
-        rows.append(row + [f"{line['state_bytes'][model]:,}" for line in lines[-1:] if sized])
-    heads = ["model", *(f"{line['context']:,}" for line in lines), "bytes of the last state"]
-    return table(heads[: len(lines) + 1 + sized], rows)
+    heads = ["model"]
+    rows = {model: [label(model)] for model in MAIN if lines}
+    for bench, beside in (("train", "transformer"), ("generate", "paper")):
+        for line in [line for line in map(json.loads, lines) if line["bench"] == bench][::2]:
+            heads.append(f"{bench} {line['context']:,}")
+            for model, row in rows.items():
+                row.append(f"{line['seconds'][model] / line['seconds'][beside]:.2f}")
+    for model, row in rows.items():
+        row.append(f"{line['state_bytes'][model]:,}")
+    return table([*heads, "bytes"], list(rows.values()))
 
 
 TABLES = {
@@ -214,18 +215,17 @@ TABLES = {
     "harder": harder,
     "routing": routing,
     "default": default,
-    "training": lambda done: speed(done, "train", "transformer"),
-    "generation": lambda done: speed(done, "generate", "paper"),
+    "speed": speed,
 }
 
 
 def fill(text, done):
-    """The page with every table between its marks."""
+    """The page with the table after each mark."""
 
     def replace(match):
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]](done)}\n<!-- end -->"
+        return "\n".join([f"<!-- {match[1]} -->", TABLES[match[1]](done)]).rstrip() + "\n"
 
-    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"<!-- ([\w-]+) -->\n(?:\|.*\n)*", replace, text)
 
 
 def draw(done):
