@@ -182,8 +182,8 @@ class Attention(nn.Module):
         y_t = W_o concat_heads( sum_{s<=t} softmax_s(q_t . k_s / sqrt(D)) v_s )
 
     u is x; with conv, a short convolution of that width over x. n_head: number of heads, None for
-    heads of width 32. positions: so many learned vectors are added to u and nothing is rotated, 0
-    for rotary positions. gate: y_t = W_o norm(c_t * silu(W_g x_t)) for the concatenated heads c_t.
+    heads of width 32. positions: this many learned vectors, added to u instead of rotating;
+    0 for rotary ones. gate: y_t = W_o norm(c_t * silu(W_g x_t)) for the concatenated heads c_t.
 
     State: (keys and values [2, B, n_head, at least n, D], the number n of tokens so far, the last
     conv - 1 inputs).
