@@ -51,7 +51,7 @@ SMALL = f"{TRAIN} --n_layer 4 --d_model 96 --context 256 --batch_size 8 --max_st
 RECALL = f"{TRAIN} --n_layer 2 --d_model 64 --n_rows 64 --k_rows 16"
 MQAR = f"{RECALL} --data mqar --context 64 --batch_size 32 --eval_every 400 --max_steps 1600"
 MQAR256 = f"{RECALL} --data mqar --context 256 --batch_size 8 --eval_every 400 --max_steps 1600"
-PASSKEY = f"{RECALL} --data passkey --context 256 --batch_size 8 --max_steps 600"
+PASSKEY = f"{RECALL} --data passkey --context 256 --batch_size 8 --max_steps 1600"
 TINY = "python train.py --preset cpu --data data/tinyshakespeare --max_steps 5000 --eval_every 100"
 CHARACTERS = (  # the shape of nanoGPT's run on a laptop
     "python train.py --preset cpu --data data/characters --n_layer 4 --d_model 128 --context 64 "
