@@ -84,7 +84,7 @@ EXTENSIONS = {names: " ".join(CHANGES[name] for name in names.split("+")) for na
 WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
 CONV = {"conv": "--conv 4", "transformer+conv+gate": "--layer attention --conv 4 --gate"}
 EDGE = {"transformer+conv": MODELS["transformer+conv"], **CONV}  # best at 16e-3
-SHAPES = [(4, 1), (16, 4), (32, 8), (64, 4), (64, 16), (256, 64)]
+SHAPES = [(4, 1), (16, 4), (32, 8), (64, 16), (256, 64)]
 ROWS = {f"m={m},k={k}": f"--n_rows {m} --k_rows {k}" for m, k in SHAPES}
 SHARED = {f"shared,m={m},k={k}": f"--shared_row --n_rows {m + 1} --k_rows {k}" for m, k in SHAPES}
 LIMITS = {f"{n}-seconds": f"--seconds {n}" for n in (100, 300, 900)}
