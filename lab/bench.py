@@ -71,10 +71,9 @@ def measure(functions, beside, device, args, **about):
     print(args.bench, about, flush=True)
     for name, value in seconds.items():
         print(f"    {name:28}{value / seconds[beside]:8.2f}{1e3 * value:12.3f} ms")
-    line = {"bench": args.bench, **about, "seconds": seconds}
+    line = {"bench": args.bench, "date": time.strftime("%Y-%m-%d"), **about, "seconds": seconds}
     line["device"] = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     line |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    line["date"] = time.strftime("%Y-%m-%d")
     with open(args.out, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -162,8 +161,7 @@ def state_after(model, context, device):
 
 
 def count_bytes(state):
-    parts = [part for part in pytree.tree_leaves(state) if isinstance(part, torch.Tensor)]
-    return sum(part.numel() * part.element_size() for part in parts)
+    return sum(part.nbytes for part in pytree.tree_leaves(state) if torch.is_tensor(part))
 
 
 def stepper(model, state, device):

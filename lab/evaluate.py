@@ -6,8 +6,7 @@
                the passkey, up to --times times the training length
     --routing  how many rows of the memory are used, and how long they keep their contents
 
-Prints a line of JSON per result. The same checkpoint and options always give the same numbers on
-the same machine. All but --recall need the prepared data that the model was trained on.
+Prints a line of JSON per result. All but --recall need the data that the model was trained on.
 """
 
 import argparse
@@ -112,7 +111,7 @@ def describe_rows(theta):
     # A row keeps the share prod (1 - theta). Its half-life is the number of tokens until it is 1/2.
     lost = -torch.log1p(-theta.clamp(max=1 - 1e-9)).mean(0)
     half_life = math.log(2) / lost.clamp_min(1e-12)
-    quarters = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
+    quarters = torch.linspace(0, 1, 5, dtype=torch.float64)
     return {
         "rows": theta.shape[-1],
         "rows_per_token": effective_number(alpha),  # after the top k

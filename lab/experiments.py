@@ -82,6 +82,7 @@ HEADS = {
 COMBINATIONS = ("shared", "gate", "shared+conv", "conv+gate")
 EXTENSIONS = {names: " ".join(CHANGES[name] for name in names.split("+")) for names in COMBINATIONS}
 WIDE = {"conv+gate,wide": "--conv 4 --gate --d_memory 256 --d_mlp 184"}
+TEN = {**MODELS, **{name: EXTENSIONS[name] for name in ("shared", "conv+gate")}}
 CONV = {"conv": "--conv 4", "transformer+conv+gate": "--layer attention --conv 4 --gate"}
 EDGE = {"transformer+conv": MODELS["transformer+conv"], **CONV}  # best at 16e-3
 SHAPES = [(4, 1), (16, 4), (32, 8), (64, 16), (256, 64)]
@@ -97,16 +98,17 @@ GROUPS = {
     "edge": Group(SWEEP, EDGE, ("32e-3",), SEEDS[:1]),
     "short": Group(SHORT, {**MODELS, **CONV}, "rates", SEEDS),
     "short-8e-3": Group(SHORT, EDGE, ("8e-3",), SEEDS),  # level with 16e-3 after 300 steps
-    "ten": Group(f"{LANGUAGE} --max_steps 5000 --eval_every 500", MODELS, "rates", SEEDS[:2]),
+    "ten": Group(f"{LANGUAGE} --max_steps 5000 --eval_every 500", TEN, "rates", SEEDS[:2]),
     "large": Group(LARGE, MODELS, "rates", SEEDS[:1]),
-    "extensions": Group(SHORT, {**EXTENSIONS, **WIDE}, ("8e-3",), SEEDS),
+    "extensions": Group(SHORT, EXTENSIONS, ("8e-3",), SEEDS),
+    "wide": Group(SHORT, WIDE, ("8e-3",), SEEDS),
     "rows": Group(SMALL, {**ROWS, **SHARED}, ("8e-3",), SEEDS),
     "recall-rates": Group(MQAR, RECALL_MODELS, ("1e-3", *RATES), SEEDS[:1]),
     "recall-heads": Group(MQAR, HEADS, RATES[:3], SEEDS[:1]),
     "recall": Group(MQAR, RECALL_MODELS, "recall-rates", SEEDS[1:]),
     "recall256": Group(MQAR256, RECALL_MODELS, "recall-rates", SEEDS),
     "passkey": Group(PASSKEY, RECALL_MODELS, "recall-rates", SEEDS),
-    "default": Group("python train.py --preset cpu", {"default": ""}, ("4e-3",), SEEDS),
+    "default": Group("python train.py --preset cpu", {"default": ""}, ("4e-3",), (*SEEDS, "3")),
     # after python data/prepare.py --input tinyshakespeare.txt --out data/tinyshakespeare
     "tinyshakespeare": Group(TINY, LIMITS, ("4e-3",), SEEDS),
     # after the same with --vocab_size 256 and --out data/characters
@@ -117,7 +119,9 @@ GROUPS = {
 # The group whose last checkpoints are evaluated, and the options of lab.evaluate.
 EVALUATIONS = {
     "long": ("short", "--long --times 128 --tokens 65536"),
+    "long-wide": ("wide", "--long --times 128 --tokens 65536"),
     "routing": ("short", "--routing --tokens 65536"),
+    "routing-wide": ("wide", "--routing --tokens 65536"),
     "recall256-pairs": ("recall256", "--recall"),
     "passkey-distances": ("passkey", "--recall --times 128"),
 }
@@ -130,8 +134,10 @@ def read_runs():
 
 
 def best_rate(done, sweep, model):
-    """The rate with the lowest loss in the sweep, as a tuple: empty while runs are missing."""
+    """The best rate in the sweep, or 8e-3 without one, as a tuple: empty while runs are missing."""
     group = GROUPS[sweep]
+    if model not in group.models:
+        return ("8e-3",)
     names = {rate: f"{sweep}/{model}_{rate}_{group.seeds[0]}" for rate in group.rates}
     if not all(name in done for name in names.values()):
         return ()

@@ -51,8 +51,7 @@ class ShortConv(nn.Module):
         T = x.shape[1] - self.width + 1
         y = self.bias
         for j in range(self.width):
-            start = self.width - 1 - j
-            y = y + self.weight[:, j] * x[:, start : start + T]
+            y = y + self.weight[:, j] * x[:, self.width - 1 - j :][:, :T]
         return F.silu(y)
 
     def init_weights(self):

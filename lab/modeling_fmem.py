@@ -168,8 +168,7 @@ class FMemModel(FMemPreTrainedModel):
         elif not isinstance(state, State):
             raise ValueError(f"the state must be one that this model returned, not {type(state)}")
         elif (known := len(pytree.tree_leaves(state.layers)[0])) != B:
-            hint = "; see batch_repeat_interleave" if known == 1 else ""
-            raise ValueError(f"the state is of {known} sequences, the input of {B}{hint}")
+            raise ValueError(f"state of {known}, input of {B}; see batch_repeat_interleave")
         if attention_mask is not None:
             if attention_mask.shape not in ((B, T), (B, state.length + T)):
                 raise ValueError("attention_mask must be [B, T], or include all earlier tokens")

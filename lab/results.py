@@ -2,8 +2,7 @@
 
     python -m lab.results
 
-A table stands after a mark with its name, up to the next empty line; the words around it are
-written by hand. A table without raw lines is left empty. The figure needs matplotlib.
+A table, or nothing without raw lines, stands after its mark. The figure needs matplotlib.
 """
 
 import json
@@ -68,7 +67,7 @@ def table(heads, rows):
 
 def language(done):
     rows = []
-    for group in ("short", "short-8e-3", "extensions"):
+    for group in ("short", "short-8e-3", "extensions", "wide"):
         for (model, rate), lines in collect(done, group).items():
             nats = values(lines, "nats")
             bits = mean_std(values(lines, "bits_per_byte"))
@@ -118,7 +117,7 @@ def long(done):
     """The loss in windows longer than those of the training, mean of the seeds."""
     rows = []
     lengths = (256, 512, 1024, 4096, 16384, 32768)
-    for (model, _), lines in collect(done, "long").items():
+    for (model, _), lines in {**collect(done, "long"), **collect(done, "long-wide")}.items():
         losses = defaultdict(list)
         for line in lines.values():
             for result in line["results"]:
@@ -146,16 +145,14 @@ def harder(done):
                 for result in line["results"]:
                     right[model][key, result[key]].append(100 * result["right"])
     columns = list(dict.fromkeys(column for row in right.values() for column in row))
-    rows = []
-    for model, row in right.items():
-        rows.append([label(model), *(mean_std(row[column], 1) for column in columns)])
+    rows = [[label(m), *(mean_std(row[c], 1) for c in columns)] for m, row in right.items()]
     return table(["model", *(f"{key} {hard:,}" for key, hard in columns)], rows)
 
 
 def routing(done):
     """What the rows do, layer by layer; the mean of the seeds, of the median row the median."""
     rows = []
-    for (model, _), lines in collect(done, "routing").items():
+    for (model, _), lines in {**collect(done, "routing"), **collect(done, "routing-wide")}.items():
         cells = [[], [], [], []]
         for layer in zip(*(line["results"] for line in lines.values()), strict=True):
             used = statistics.mean(result["rows_used"] for result in layer)
@@ -181,13 +178,11 @@ def default(done):
     rows = []
     for run, by_rate in runs.items():
         cells = []
-        seconds = []
         for rate in sorted(by_rate, key=float):
             bits = [f"{line['result']['bits_per_byte']:.3f}" for line in by_rate[rate]]
             cells.append(f"{rate}: {', '.join(bits)}")
-            seconds += [str(line["seconds"]) for line in by_rate[rate]]
-        rows.append([*run, "; ".join(cells), ", ".join(seconds)])
-    return table(["command", "on", "rate: bits per byte of each seed", "seconds"], rows)
+        rows.append([*run, "; ".join(cells)])
+    return table(["command", "on", "rate: bits per byte of each seed"], rows)
 
 
 def speed(done):
@@ -230,12 +225,10 @@ def fill(text, done):
 
 def draw(done):
     """The validation losses over ten million tokens, first seeds."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.5, 3.5))
+    figure = Figure(figsize=(6.5, 3.5))
+    axes = figure.subplots()
     for (model, _), lines in collect(done, "ten").items():
         if model in MAIN:
             result = next(iter(lines.values()))["result"]

@@ -82,7 +82,7 @@ def test_unsupported_arguments_are_refused(exported, transformers):
     for arguments, message in (
         ({"memory": state}, "does not accept memory"),
         ({"cache": transformers.DynamicCache()}, "one that this model"),
-        ({"input_ids": tokens[:1], "cache": state}, "of 2 sequences, the input of 1"),
+        ({"input_ids": tokens[:1], "cache": state}, "state of 2, input of 1"),
         ({"inputs_embeds": torch.zeros(2, 1, 16)}, "either input_ids or inputs_embeds"),
         ({"input_ids": tokens[0]}, r"must be \[B, T\]"),
         ({"attention_mask": torch.ones(2, 1)}, "attention_mask must be"),
@@ -274,9 +274,7 @@ class FMemTester:
         return self.get_config(), {"input_ids": ids_tensor([3, 7], 99)}
 
 
-class PaperTest(
-    ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase
-):
+class PaperTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
     all_model_classes = (FMemModel, FMemForCausalLM)
     has_attentions = False
     test_can_init_all_missing_weights_before_2023 = True  # the year stands in their licence only

@@ -344,6 +344,11 @@ def test_resume_is_exact(recall_run, options, tmp_path):
 
 
 def test_evaluation_of_a_text(run, capsys):
+    """The loss matches that of training; both are sums of float32 losses."""
+    model, saved = fmem.load(run / "last.pt")
+    tokens = torch.from_numpy(evaluate.prepare.load(saved["settings"]["data"])[1].astype("int64"))
+    loss = evaluate.text_losses(model, tokens, saved["settings"]["context"], CPU).mean().item()
+    assert loss == pytest.approx(float((run / "log.csv").read_text().split(",")[-4]), rel=2e-6)
     options = "--long --routing --times 4 --tokens 300 --device cpu"
     evaluate.main([str(run / "last.pt"), *options.split()])
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
